@@ -1,0 +1,151 @@
+"""The four sets: seen and unseen tasks, on train and on held-out inputs.
+
+Axes: W tasks, R sequences of a task, S shots, T tokens.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from modgrok import sequences
+from modgrok.model import Config, Params
+from modgrok.tasks import InputSplit, TaskSplit
+from modgrok.training import answer_loss
+
+SETS = ("seen_train", "seen_heldout", "unseen_train", "unseen_heldout")
+
+
+class SetScores(NamedTuple):
+    """Means over the sequences of each task. Shot k is the answer after k examples."""
+
+    accuracy_WS: jax.Array  # fraction right, argmax over the whole vocabulary
+    loss_WS: jax.Array  # nats
+    num_sequences: jax.Array  # R, int32
+
+    @property
+    def last_shot(self) -> jax.Array:
+        """Accuracy after the most examples, mean over tasks: the paper's headline."""
+        return self.accuracy_WS[:, -1].mean()
+
+
+class Evaluation(NamedTuple):
+    """Tasks x inputs. Sequences of a held-out set have held-out inputs as examples too."""
+
+    seen_train: SetScores
+    seen_heldout: SetScores
+    unseen_train: SetScores
+    unseen_heldout: SetScores
+
+
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "modulus", "shots", "num_sequences", "rows", "row_sharding")
+)
+def score_tasks(
+    params: Params,
+    key: jax.Array,
+    task_W2: jax.Array,
+    input_M2: jax.Array,
+    *,
+    cfg: Config,
+    modulus: int,
+    shots: int,
+    num_sequences: int,
+    rows: int = 1024,
+    row_sharding: jax.sharding.Sharding | None = None,
+) -> SetScores:
+    """Scores on `num_sequences` sequences of each task, paired across tasks.
+
+    Args:
+        rows: sequences in one forward pass, which bounds memory; they are spread over devices by
+            `row_sharding`, if given. Changes no score.
+    """
+    total = task_W2.shape[0] * num_sequences
+    tokens_BT = sequences.sample_sequences(
+        key, task_W2, input_M2, modulus=modulus, shots=shots, batch=total
+    )
+    rows = min(rows, total)
+    # The last pass is filled up with copies of the first row, whose scores are cut off again.
+    padded = jnp.concatenate([tokens_BT, jnp.repeat(tokens_BT[:1], -total % rows, axis=0)])
+
+    def forward(tokens_BT):
+        if row_sharding is not None:
+            tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, row_sharding)
+        return answer_loss(params, tokens_BT, cfg)[1]
+
+    scores = jax.lax.map(forward, padded.reshape(-1, rows, tokens_BT.shape[1]))
+    loss_WS, accuracy_WS = (
+        x.reshape(-1, shots)[:total].reshape(-1, num_sequences, shots).mean(1) for x in scores
+    )
+    return SetScores(accuracy_WS, loss_WS, jnp.int32(num_sequences))
+
+
+def evaluate(
+    params: Params,
+    key: jax.Array,
+    tasks: TaskSplit,
+    inputs: InputSplit,
+    *,
+    cfg: Config,
+    modulus: int,
+    shots: int,
+    sequences_per_task: int | Sequence[int] = 16,
+    rows: int = 1024,
+    row_sharding: jax.sharding.Sharding | None = None,
+) -> Evaluation:
+    """Scores on all four sets. `key` is spent; the same key gives the same sequences.
+
+    Args:
+        sequences_per_task: for all tasks, or (for seen ones, for unseen ones).
+        rows, row_sharding: as in `score_tasks`.
+    """
+    if isinstance(sequences_per_task, int):
+        sequences_per_task = (sequences_per_task, sequences_per_task)
+    keys = jax.random.split(key, 4)
+    scores = [
+        score_tasks(
+            params,
+            keys[2 * t + i],
+            task_W2,
+            input_M2,
+            cfg=cfg,
+            modulus=modulus,
+            shots=shots,
+            num_sequences=sequences_per_task[t],
+            rows=rows,
+            row_sharding=row_sharding,
+        )
+        for t, task_W2 in enumerate(tasks)
+        for i, input_M2 in enumerate(inputs)
+    ]
+    return Evaluation(*scores)
+
+
+def take_tasks(scores: SetScores, index: slice) -> SetScores:
+    """The same scores for some of the tasks."""
+    return scores._replace(accuracy_WS=scores.accuracy_WS[index], loss_WS=scores.loss_WS[index])
+
+
+# Choosing a checkpoint by the tasks that are then reported would be optimistic. Unseen tasks come
+# in random order, so the even ones decide and the odd ones are reported.
+DECIDING, REPORTED = slice(0, None, 2), slice(1, None, 2)
+
+
+class Transience(NamedTuple):
+    """How far accuracy on unseen tasks fell after its best (He et al., 2024, section 4)."""
+
+    best: float
+    best_step: int
+    last: float
+    drop: float  # best - last, at least 0
+
+
+def transience(step_C: Sequence[int], accuracy_C: Sequence[float]) -> Transience:
+    """Best (the earliest, if several), its step, the last, and their difference."""
+    accuracy_C = np.asarray(accuracy_C, float)
+    at = int(np.argmax(accuracy_C))
+    best, last = float(accuracy_C[at]), float(accuracy_C[-1])
+    return Transience(best, int(step_C[at]), last, best - last)

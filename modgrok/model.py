@@ -1,0 +1,313 @@
+"""The decoder: pre-LN blocks with rotary attention and a ReLU MLP, tied embeddings.
+
+Axes: B batch, T tokens read (3 S - 1), S shots, D width, H heads, K head size, F mlp, V vocab,
+L layers, X any.
+
+Two savings, both exact (tests compare with the plain network):
+
+- Only the S answer positions are scored, so the last block computes queries, MLP and logits for
+  these alone. Its keys and values still come from every token.
+- Before the first block a token's vector depends on its id alone, so LN, queries, keys and values
+  of that block are computed for the V ids and looked up.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Params = Any
+LN_EPSILON = 1e-5
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shape of the decoder. Static under jit: two equal configs are one program.
+
+    Attributes:
+        vocab: V, token ids (p residues, and p + 18 in the paper's code).
+        width: D.   heads: H, which divides D; D / H is even.   layers: L.
+        mlp_ratio: F / D.
+        dtype: type of matrix products; "bfloat16" leaves parameters, the residual stream,
+            layer norms, softmax and loss in float32.
+        remat: recompute each block in the backward pass instead of keeping its intermediates.
+    """
+
+    vocab: int
+    width: int = 512
+    heads: int = 4
+    layers: int = 2
+    mlp_ratio: int = 4
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "width", "heads", "layers", "mlp_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+        if self.head_size % 2:
+            raise ValueError(
+                f"width={self.width} over heads={self.heads} gives heads of {self.head_size} "
+                "channels, which rotary positions need to be even"
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r} is not one of 'float32', 'bfloat16'")
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, the tied embedding counted once."""
+        d = self.width
+        block = (4 + 2 * self.mlp_ratio) * d**2 + 4 * d
+        return self.vocab * d + self.layers * block + 2 * d
+
+
+class Activations(NamedTuple):
+    """What interpretability reads. Positions are the tokens read, layers are stacked."""
+
+    embedding_BTD: jax.Array
+    attention_LBHTT: jax.Array  # softmax weights, query before key
+    head_LBTHK: jax.Array  # head outputs before the output matrix
+    hidden_LBTF: jax.Array  # MLP neurons after the ReLU
+    residual_LBTD: jax.Array  # residual stream after each block
+
+
+def _dense(x_BTX: jax.Array, weight: jax.Array, ndim_in: int = 1) -> jax.Array:
+    """Contracts the last `ndim_in` axes of x with the first of `weight`, as one matrix product.
+
+    Rows are flattened first: with several row axes XLA's CPU backend transposes an activation to
+    get the weight's gradient, which makes forward and backward 1.1 to 1.4 times slower.
+    """
+    rows, shape_in = x_BTX.shape[:-ndim_in], weight.shape[:ndim_in]
+    size = math.prod(shape_in)
+    x, weight_2d = x_BTX.reshape(-1, size), weight.reshape(size, -1)
+    if size > weight_2d.shape[1]:
+        weight_2d = jax.lax.optimization_barrier(weight_2d.T)
+        y = jax.lax.dot_general(x, weight_2d, (((1,), (1,)), ((), ())))
+    else:
+        y = x @ weight_2d
+    return y.reshape(*rows, *weight.shape[ndim_in:])
+
+
+@jax.custom_jvp
+def lookup(table_VX: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """table_VX[tokens_BT], whose gradient is a matrix product and not a scatter.
+
+    A scatter-add over all tokens runs serially on a CPU; the product with a one-hot matrix costs
+    V multiply-adds for each entry and runs at full speed everywhere.
+    """
+    return table_VX[tokens_BT]
+
+
+@lookup.defjvp
+def _lookup_jvp(primals, tangents):
+    (table_VX, tokens_BT), (dtable_VX, _) = primals, tangents
+    hot_BTV = jax.nn.one_hot(tokens_BT, table_VX.shape[0], dtype=dtable_VX.dtype)
+    return lookup(table_VX, tokens_BT), _dense(hot_BTV, dtable_VX)
+
+
+def rotary_tables(length: int, head_size: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, each (length, K/2), of position * 10000^(-2 i / K)."""
+    frequency_K = 10000.0 ** (-2.0 * jnp.arange(head_size // 2) / head_size)
+    angle_TK = jnp.arange(length)[:, None] * frequency_K
+    return jnp.cos(angle_TK), jnp.sin(angle_TK)
+
+
+def _rotate(x_BHT2K: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
+    """Rotates channel pairs given as [..., 0, i] and [..., 1, i]."""
+    even, odd = x_BHT2K[..., 0, :], x_BHT2K[..., 1, :]
+    return jnp.concatenate([even * cos_TK - odd * sin_TK, odd * cos_TK + even * sin_TK], axis=-1)
+
+
+class Block(nn.Module):
+    """h + attention(LN(h)), then + MLP(LN(h)); scores, softmax and sums in float32.
+
+    Rotary positions turn the interleaved pairs (2i, 2i + 1). The pairs are split on the weights,
+    which are small, and not on the activations: queries and keys permuted alike have the same
+    products.
+    """
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(
+        self,
+        h_BTD: jax.Array,
+        *,
+        answers_only: bool = False,
+        embedded: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+        """Returns h (at all positions, or at the answers 1, 4, 7, ...) and the intermediates.
+
+        `embedded` is (embedding_VD, tokens_BT) when h_BTD is its plain lookup (the first block).
+        """
+        cfg, (batch, length, width) = self.cfg, h_BTD.shape
+        dtype, (heads, size) = jnp.dtype(cfg.dtype), (cfg.heads, cfg.head_size)
+        normal = nn.initializers.normal
+        norm_1, norm_2 = _layer_norm("ln_1"), _layer_norm("ln_2")
+        qkv_D3HK = self.param("qkv", normal(0.02), (width, 3, heads, size)).astype(dtype)
+        out_HKD = self.param("out", normal(0.02), (heads, size, width)).astype(dtype)
+        fc_DF = self.param("fc", normal(0.02), (width, cfg.mlp_ratio * width)).astype(dtype)
+        # The reference scales down what it calls "proj", not the attention output.
+        proj_FD = self.param(
+            "proj", normal(0.02 / (2 * cfg.layers) ** 0.5), (cfg.mlp_ratio * width, width)
+        ).astype(dtype)
+        at_answers = (lambda x_BTX: x_BTX[:, 1::3]) if answers_only else (lambda x_BTX: x_BTX)
+
+        split_D2HK = qkv_D3HK[:, :2].reshape(width, 2, heads, size // 2, 2)
+        q_weight, k_weight = jnp.unstack(split_D2HK.swapaxes(-1, -2), axis=1)
+        v_weight = qkv_D3HK[:, 2]
+        # LN and projections act on each row alone: on V rows if the tokens are still just ids.
+        rows_XD = embedded[0] if embedded else h_BTD
+        u_XD = norm_1(rows_XD).astype(dtype)
+        if embedded:
+            u_query, to_rows = u_XD, functools.partial(lookup, tokens_BT=embedded[1])
+        else:
+            u_query, to_rows = at_answers(u_XD), lambda x_BTX: x_BTX
+        k_BT, v_BT = (to_rows(_dense(u_XD, w)) for w in (k_weight, v_weight))
+        if embedded:
+            q_BT = lookup(_dense(u_query, q_weight), at_answers(embedded[1]))
+        else:
+            q_BT = _dense(u_query, q_weight)
+
+        cos_TK, sin_TK = rotary_tables(length, size)
+        position_T = jnp.arange(length)
+        query_T = at_answers(position_T[None])[0]
+        q_BHTK = _rotate(
+            jnp.moveaxis(q_BT, 2, 1).astype(jnp.float32), cos_TK[query_T], sin_TK[query_T]
+        )
+        k_BHTK = _rotate(jnp.moveaxis(k_BT, 2, 1).astype(jnp.float32), cos_TK, sin_TK)
+        score_BHTT = jnp.einsum(
+            "bhtk,bhsk->bhts",
+            q_BHTK.astype(dtype),
+            k_BHTK.astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+        causal_TT = position_T[None] <= query_T[:, None]
+        score_BHTT = jnp.where(causal_TT, score_BHTT / size**0.5, jnp.finfo(jnp.float32).min)
+        attention_BHTT = jax.nn.softmax(score_BHTT, axis=-1)
+        head_BHTK = jnp.einsum(
+            "bhts,bhsk->bhtk", attention_BHTT.astype(dtype), jnp.moveaxis(v_BT, 2, 1)
+        )
+        head_BTHK = jnp.moveaxis(head_BHTK, 1, 2)
+        h_BTD = at_answers(h_BTD) + _dense(head_BTHK, out_HKD, 2)
+        hidden_BTF = nn.relu(_dense(norm_2(h_BTD).astype(dtype), fc_DF))
+        h_BTD = h_BTD + _dense(hidden_BTF, proj_FD)
+        return h_BTD, (attention_BHTT, head_BTHK, hidden_BTF)
+
+
+def _layer_norm(name: str | None = None) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=LN_EPSILON, use_fast_variance=False, name=name)
+
+
+class Transformer(nn.Module):
+    """Token ids to logits. Parameters of the blocks are stacked on a leading layer axis.
+
+    The first and the last block are special (see the module docstring); the ones between are
+    scanned, so compile time does not grow with depth.
+
+    Source: He et al. (2024), appendix A, and its code: initial scales as there.
+    """
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        positions: Literal["answers", "all"] = "answers",
+        capture: bool = False,
+    ) -> Any:
+        """Logits at the answer positions, (B, S, V), or at all positions read, (B, 3 S - 1, V).
+
+        Args:
+            tokens_BT: whole sequences, T = 3 S, as `sample_sequences` returns them. The last
+                token is not read: nothing follows it.
+            positions: which positions get logits. "answers" are the y tokens, 1, 4, 7, ...
+            capture: also return `Activations`; needs positions="all".
+        Raises:
+            ValueError: if T is not a positive multiple of 3, or an option is unknown.
+        """
+        cfg, length = self.cfg, tokens_BT.shape[1]
+        if length < 3 or length % 3:
+            raise ValueError(f"tokens_BT has {length} tokens a row, not a multiple of 3")
+        if positions not in ("answers", "all"):
+            raise ValueError(f"positions={positions!r} is not one of 'answers', 'all'")
+        if capture and positions != "all":
+            raise ValueError(f"capture=True needs positions='all', got {positions!r}")
+        tokens_BT = tokens_BT[:, :-1]
+        embedding_VD = self.param("embedding", nn.initializers.normal(0.02), (cfg.vocab, cfg.width))
+        block = Block(cfg, parent=None)
+        stacked = self.param("blocks", functools.partial(_init_blocks, block))
+
+        run = jax.checkpoint(_run_block, static_argnums=(0, 4)) if cfg.remat else _run_block
+        answers_only = positions == "answers"
+        h_BTD = start_BTD = lookup(embedding_VD, tokens_BT)
+        captured = []
+        for first, last in _segments(cfg.layers):
+            ids = (embedding_VD, tokens_BT) if first == 0 else None
+            part = jax.tree.map(lambda w: w[first:last], stacked)  # noqa: B023
+            at = answers_only and last == cfg.layers
+            if last - first == 1:
+                one = jax.tree.map(lambda w: w[0], part)
+                h_BTD, seen = run(block, one, h_BTD, ids, at)
+                seen = jax.tree.map(lambda x: x[None], (*seen, h_BTD))
+            else:
+
+                def body(h_BTD, weights):
+                    h_BTD, seen = run(block, weights, h_BTD, None, False)
+                    return h_BTD, (*seen, h_BTD) if capture else None
+
+                h_BTD, seen = jax.lax.scan(body, h_BTD, part)
+            captured.append(seen)
+        h_BTD = _layer_norm("ln_f")(h_BTD)
+        dtype = jnp.dtype(cfg.dtype)
+        logits = jnp.einsum(
+            "btd,vd->btv",
+            h_BTD.astype(dtype),
+            embedding_VD.astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+        if not capture:
+            return logits
+        layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *captured)
+        return logits, Activations(start_BTD, *layers)
+
+
+def _segments(layers: int) -> list[tuple[int, int]]:
+    """The first block, those between, and the last one, as (start, stop)."""
+    if layers <= 2:
+        return [(layer, layer + 1) for layer in range(layers)]
+    return [(0, 1), (1, layers - 1), (layers - 1, layers)]
+
+
+def _run_block(block, weights, h_BTD, embedded, answers_only):
+    return block.apply({"params": weights}, h_BTD, embedded=embedded, answers_only=answers_only)
+
+
+def _init_blocks(block: Block, key: jax.Array) -> Params:
+    h_112D = jnp.zeros((1, 2, block.cfg.width))
+    return jax.vmap(lambda k: block.init(k, h_112D)["params"])(
+        jax.random.split(key, block.cfg.layers)
+    )
+
+
+def init_params(key: jax.Array, cfg: Config) -> Params:
+    """Random float32 parameters; `key` is spent."""
+    return Transformer(cfg).init(key, jnp.zeros((1, 3), jnp.int32))["params"]
+
+
+def apply(params: Params, tokens_BT: jax.Array, cfg: Config, **options: Any) -> Any:
+    """`Transformer(cfg)` on `params`; options as in its call."""
+    return Transformer(cfg).apply({"params": params}, tokens_BT, **options)

@@ -1,0 +1,62 @@
+"""Sequences of worked examples, drawn on the device inside the compiled step.
+
+Axes: B batch, T tokens (3 for each shot), S shots, W tasks, M inputs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def check_batch(batch: int, num_tasks: int) -> None:
+    """Raises ValueError unless `batch` gives every task the same number of sequences."""
+    if batch < 1 or batch % num_tasks:
+        nearest = max(1, round(batch / num_tasks)) * num_tasks
+        raise ValueError(
+            f"batch={batch} is not a multiple of the {num_tasks} tasks, each of which gets "
+            f"the same number of sequences; the nearest that is: {nearest}"
+        )
+
+
+def sample_sequences(
+    key: jax.Array,
+    task_W2: jax.Array,
+    input_M2: jax.Array,
+    *,
+    modulus: int,
+    shots: int,
+    batch: int,
+    paired: bool = True,
+) -> jax.Array:
+    """Balanced sequences x1 y1 z1 x2 y2 z2 ... with z = a x + b y mod p.
+
+    Every task gets batch / W sequences; rows are task-major, so row r belongs to task
+    r // (batch / W). Inputs are uniform on `input_M2` with replacement. With `paired`, every
+    task sees the same batch / W lists of inputs; otherwise each sequence draws its own.
+
+    Args:
+        key: random key, spent here.
+        task_W2: task vectors (a, b).   input_M2: pairs (x, y).
+        modulus: p.   shots: S, examples in a sequence.   batch: B, a multiple of W.
+    Returns:
+        tokens_BT, int32, T = 3 S. The model reads all but the last token.
+    Raises:
+        ValueError: if `batch` is not a multiple of W, or `shots` < 1.
+    Source: He et al. (2024), section 2; the batches of its code.
+    """
+    num_tasks = task_W2.shape[0]
+    check_batch(batch, num_tasks)
+    if shots < 1:
+        raise ValueError(f"shots={shots} must be at least 1")
+    repeats = batch // num_tasks
+    drawn_W = (1,) if paired else (num_tasks,)
+    index_WRS = jax.random.randint(key, (*drawn_W, repeats, shots), 0, input_M2.shape[0])
+    xy_WRS2 = jnp.asarray(input_M2, jnp.int32)[index_WRS]
+    task_W112 = jnp.asarray(task_W2, jnp.int32)[:, None, None, :]
+    z_WRS1 = jnp.sum(task_W112 * xy_WRS2, axis=-1, keepdims=True) % modulus
+    xy_WRS2 = jnp.broadcast_to(xy_WRS2, (*z_WRS1.shape[:-1], 2))
+    return jnp.concatenate([xy_WRS2, z_WRS1], axis=-1).reshape(batch, 3 * shots)
+
+
+def answers(tokens_BT: jax.Array) -> jax.Array:
+    """The scored tokens z_BS: every third one. z_1 is answered after no example (0-shot)."""
+    return tokens_BT[:, 2::3]

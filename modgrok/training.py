@@ -1,0 +1,287 @@
+"""Training: state, optimiser, one step, and a compiled chunk of many steps.
+
+Axes: B batch, T tokens, S shots, V vocab, W tasks, M inputs, C steps of a chunk.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from modgrok import sequences
+from modgrok.model import Config, Params, apply, init_params
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimiser settings; defaults are the paper's.
+
+    Attributes:
+        name: "adamw", or "muon" for the blocks' matrices with AdamW on the rest (ours; with weight
+            decay and few tasks it generalises in about half the steps).
+        lr: peak learning rate of all parameters, or with Muon of the blocks' matrices.
+        weight_decay: decoupled, times the learning rate; matrices and the tied embedding, not
+            layer norms.
+        embedding_lr, embedding_decay: with Muon, AdamW's on the embedding (and, without decay,
+            on layer norms).
+        warmup_steps, schedule_steps: linear from .01 to 1, then cosine to .1 at `schedule_steps`.
+        b1, b2: AdamW's moments.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1.5e-4
+    weight_decay: float = 2.0
+    embedding_lr: float = 2e-3
+    embedding_decay: float = 1.0
+    warmup_steps: int = 10_000
+    schedule_steps: int = 200_000
+    b1: float = 0.9
+    b2: float = 0.98
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"name={self.name!r} is not one of 'adamw', 'muon'")
+        if not 0 <= self.warmup_steps < self.schedule_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be at least 0 and less than "
+                f"schedule_steps={self.schedule_steps}"
+            )
+        for field in ("lr", "weight_decay", "embedding_lr", "embedding_decay"):
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise ValueError(f"{field}={getattr(self, field)} must be finite and at least 0")
+
+    def factor(self, step: jax.Array | int) -> jax.Array:
+        """Learning rate at `step` (the first is 0) over its peak."""
+        step = jnp.asarray(step, jnp.float32)
+        warm = 0.01 + 0.99 * step / max(self.warmup_steps, 1)
+        share = (step - self.warmup_steps) / (self.schedule_steps - self.warmup_steps)
+        cosine = 0.1 + 0.45 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))
+        return jnp.where(step < self.warmup_steps, warm, cosine)
+
+
+class TrainState(NamedTuple):
+    """What the next step needs."""
+
+    step: jax.Array  # int32, updates made so far
+    params: Params
+    opt_state: optax.OptState
+    ema: Params | None  # running average of params, if asked for
+
+
+class Metrics(NamedTuple):
+    """What a human wants to see of one step, on its own batch before the update."""
+
+    loss: jax.Array  # nats an answer
+    accuracy: jax.Array  # fraction of answers, argmax over the whole vocabulary
+    grad_norm: jax.Array
+
+
+def _decays(params: Params) -> Params:
+    """True for matrices and the embedding, False for layer norms."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not any(getattr(k, "key", "").startswith("ln_") for k in path), params
+    )
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW as in the paper's code, or Muon (Jordan et al., 2024) by optax.
+
+    Build it once and reuse it: a new object is a new program under jit.
+    """
+
+    def rate(peak):
+        return lambda step: peak * config.factor(step)
+
+    def adamw(peak, decay):
+        return optax.adamw(rate(peak), config.b1, config.b2, weight_decay=decay, mask=_decays)
+
+    if config.name == "adamw":
+        return adamw(config.lr, config.weight_decay)
+    muon = optax.contrib.muon(
+        rate(config.lr),
+        weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=_muon_dimensions,
+    )
+    return optax.partition(
+        {"muon": muon, "adamw": adamw(config.embedding_lr, config.embedding_decay)}, _muon_labels
+    )
+
+
+_MUON_AXES = {
+    "qkv": ((1,), (3, 4)),
+    "out": ((1, 2), (3,)),
+    "fc": ((1,), (2,)),
+    "proj": ((1,), (2,)),
+}
+
+
+def _muon_dimensions(tree: Params) -> Params:
+    """Axes in and out of each stacked matrix; the rest (layer; query, key, value) are a batch."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: optax.contrib.MuonDimensionNumbers(*_MUON_AXES[path[-1].key]), tree
+    )
+
+
+def _muon_labels(params: Params) -> Params:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if path[-1].key in _MUON_AXES else "adamw", params
+    )
+
+
+def init_state(
+    key: jax.Array, cfg: Config, tx: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
+    """State before the first step; `key` is spent on the parameters."""
+    params = init_params(key, cfg)
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
+
+
+def answer_loss(
+    params: Params, tokens_BT: jax.Array, cfg: Config
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Mean cross-entropy of the answers, and (loss_BS, correct_BS), all float32.
+
+    Nats, softmax over the whole vocabulary, the answer after no example included.
+    """
+    logits_BSV = apply(params, tokens_BT, cfg)
+    z_BS = sequences.answers(tokens_BT)
+    loss_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, z_BS)
+    correct_BS = (jnp.argmax(logits_BSV, axis=-1) == z_BS).astype(jnp.float32)
+    return loss_BS.mean(), (loss_BS, correct_BS)
+
+
+def train_step(
+    state: TrainState,
+    tokens_BT: jax.Array,
+    *,
+    cfg: Config,
+    tx: optax.GradientTransformation,
+    micro_batches: int = 1,
+    ema_decay: float | None = None,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update on a batch.
+
+    Args:
+        tokens_BT: this device's rows.
+        micro_batches: cut the batch into this many parts and add up their gradients, for cards
+            that are too small for it whole.
+        ema_decay: weight of the old average in `state.ema`, which must then exist.
+        axis_name: average gradients and metrics over this mapped axis (pmap, shard_map, vmap).
+    Raises:
+        ValueError: if the rows do not divide by `micro_batches`, or `ema_decay` and `state.ema`
+            disagree.
+    """
+    rows = tokens_BT.shape[0]
+    if micro_batches < 1 or rows % micro_batches:
+        raise ValueError(f"micro_batches={micro_batches} does not divide the {rows} rows")
+    if (ema_decay is None) != (state.ema is None):
+        raise ValueError(f"ema_decay={ema_decay}, but the state has ema={state.ema is not None}")
+
+    params = state.params
+    if axis_name is not None:
+        # shard_map sums gradients of what it knows to be replicated, which would make the mean
+        # below too large by the number of devices; told that they vary, it does not.
+        params = jax.tree.map(functools.partial(_varying, axis_name=axis_name), params)
+
+    def gradients(tokens_BT):
+        value_and_grad = jax.value_and_grad(answer_loss, has_aux=True)
+        (loss, (_, correct_BS)), grads = value_and_grad(params, tokens_BT, cfg)
+        return loss, correct_BS.mean(), grads
+
+    if micro_batches == 1:
+        loss, accuracy, grads = gradients(tokens_BT)
+    else:
+        part_CBT = tokens_BT.reshape(micro_batches, -1, tokens_BT.shape[1])
+
+        def add(total, tokens_BT):
+            return jax.tree.map(jnp.add, total, gradients(tokens_BT)), None
+
+        total, _ = jax.lax.scan(add, gradients(part_CBT[0]), part_CBT[1:])
+        loss, accuracy, grads = jax.tree.map(lambda x: x / micro_batches, total)
+    if axis_name is not None:
+        loss, accuracy, grads = jax.lax.pmean((loss, accuracy, grads), axis_name)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema_decay is not None:
+        ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+    metrics = Metrics(loss, accuracy, optax.tree.norm(grads))
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _varying(x: jax.Array, axis_name: str) -> jax.Array:
+    return jax.lax.pcast(x, axis_name, to="varying")
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "cfg tx num_steps batch shots modulus micro_batches ema_decay axis_name batch_sharding"
+    ).split(),
+)
+def train_chunk(
+    state: TrainState,
+    key: jax.Array,
+    task_W2: jax.Array,
+    input_M2: jax.Array,
+    *,
+    cfg: Config,
+    tx: optax.GradientTransformation,
+    num_steps: int,
+    batch: int,
+    shots: int,
+    modulus: int,
+    micro_batches: int = 1,
+    ema_decay: float | None = None,
+    axis_name: str | None = None,
+    batch_sharding: jax.sharding.Sharding | None = None,
+) -> tuple[TrainState, Metrics]:
+    """`num_steps` updates in one program: batches are drawn on the device, nothing waits.
+
+    Step s draws its batch with fold_in(key, s), so cutting a run into other chunks, resuming it,
+    or running it on other devices gives the same batches.
+
+    Args:
+        key: key of the whole run; not spent, pass the same one each time.
+        batch: B of all devices together, a multiple of the W tasks.
+        axis_name: as in `train_step`; each device draws all B rows of integers and keeps its own.
+        batch_sharding: under plain jit, how rows are spread over devices.
+    Returns:
+        The state, and `Metrics` with a leading axis of `num_steps`.
+    """
+
+    def body(state, _):
+        tokens_BT = sequences.sample_sequences(
+            jax.random.fold_in(key, state.step),
+            task_W2,
+            input_M2,
+            modulus=modulus,
+            shots=shots,
+            batch=batch,
+        )
+        if axis_name is not None:
+            devices = jax.lax.axis_size(axis_name)
+            if batch % devices:
+                raise ValueError(f"batch={batch} does not divide over {devices} devices")
+            share = batch // devices
+            start = jax.lax.axis_index(axis_name) * share
+            tokens_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, start, share)
+        if batch_sharding is not None:
+            tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, batch_sharding)
+        return train_step(
+            state,
+            tokens_BT,
+            cfg=cfg,
+            tx=tx,
+            micro_batches=micro_batches,
+            ema_decay=ema_decay,
+            axis_name=axis_name,
+        )
+
+    return jax.lax.scan(body, state, length=num_steps)
