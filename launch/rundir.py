@@ -1,0 +1,260 @@
+"""The folder of a run: what was asked for, what was measured, what was drawn.
+
+    config.json     every setting, complete     run.flags       the same, to run again
+    metrics.jsonl   one line a report           events.out.*    the same, for TensorBoard
+    figures/*.png   *.npz                       checkpoints/    (written by `launch.checkpoints`)
+
+`check` refuses a folder before anything is written; `RunDir` writes, on one process only. Files
+appear whole or not at all, so a run may be killed at any moment.
+"""
+
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from launch import UsageError, flags
+
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+
+
+def default_path(program: str) -> Path:
+    """A folder under runs/ that does not exist yet, named by program and time."""
+    stem = Path("runs") / f"{program}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, count = stem, 1
+    while path.exists():
+        count += 1
+        path = stem.with_name(f"{stem.name}-{count}")
+    return path
+
+
+def check(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    *,
+    program: str,
+    free: Collection[str] = (),
+) -> bool:
+    """Whether a run with `config` in `path` continues an earlier one; UsageError if it must not.
+
+    Settings named in `free` may differ from the earlier run's. Writes nothing.
+    """
+    text = os.fspath(path)
+    if not text or re.match(r"[A-Za-z][\w+.-]+:/", text):
+        raise UsageError(
+            f"--workdir={text}: expected a folder of this machine (remote storage has to be "
+            "mounted: give the path of the mount)"
+        )
+    try:
+        existing = next(p for p in (Path(text), *Path(text).absolute().parents) if _exists(p))
+        if not existing.is_dir():
+            raise NotADirectoryError(0, "Not a directory")
+        # Mode bits say nothing to root, and nothing about /proc or a read-only disk. A temporary
+        # file that never gets a name tells, and leaves no trace.
+        with tempfile.TemporaryFile(dir=existing):
+            names = set(os.listdir(text)) if _exists(Path(text)) else set()
+    except OSError as error:
+        raise UsageError(
+            f"--workdir={text}: {error.strerror}; expected a folder that can be written"
+        ) from error
+    if not names - {CONFIG + ".tmp"}:  # what a run killed in its first moment leaves
+        return False
+    if CONFIG not in names:
+        raise UsageError(
+            f"--workdir={text}: holds files but no {CONFIG}; expected a new or empty folder, "
+            "or one that an earlier run made"
+        )
+    _check_config(Path(text), _plain(config), program, free)
+    return True
+
+
+def _exists(path: Path) -> bool:
+    """Like Path.exists, but a name under a file, or too long a one, stays an error."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _check_config(
+    path: Path, config: Mapping[str, Any], program: str, free: Collection[str]
+) -> None:
+    try:
+        stored = json.loads((path / CONFIG).read_text())
+        owner = stored.pop("program")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"--workdir={path}: its {CONFIG} cannot be read ({error}); repair it or choose "
+            "another folder"
+        ) from error
+    if owner != program:
+        raise UsageError(f"--workdir={path}: belongs to {owner}; expected a folder of {program}")
+    differ = [
+        f"{key} is {_shown(stored, key)} there and {_shown(config, key)} here"
+        for key in sorted(stored.keys() | config.keys())
+        if key not in free and _shown(stored, key) != _shown(config, key)
+    ]
+    if differ:
+        raise UsageError(
+            f"--workdir={path}: holds a run with other settings: {', '.join(differ)}; "
+            "give the same settings to continue it, or choose another folder"
+        )
+
+
+def _shown(config: Mapping[str, Any], key: str) -> str:
+    return json.dumps(config[key], sort_keys=True) if key in config else "absent"
+
+
+def _plain(value: Any) -> Any:
+    """`value` as strict JSON has it: no arrays, tuples or paths, null for NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    array = np.asarray(value)
+    return _plain((array if array.dtype.kind in "biu" else array.astype(np.float64)).tolist())
+
+
+def summary_line(result: Mapping[str, Any]) -> None:
+    """Print `result` as one line of JSON on stdout: the last words of a program."""
+    print(json.dumps(_plain(result), allow_nan=False), flush=True)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that appears under its name when complete."""
+    part = path.with_name(path.name + ".tmp")
+    with open(part, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may keep the new name and lose the content
+    os.replace(part, path)
+
+
+class RunDir:
+    """Writes a run's folder; with `writer=False` (every process but one) it does nothing.
+
+    `config` is the whole configuration (`dataclasses.asdict`), one entry for each flag.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        program: str,
+        writer: bool = True,
+    ) -> None:
+        self.path = Path(path)
+        self._writer = writer
+        self._events: Any = None
+        self._purge_step: int | None = None
+        self._flush_at = 0.0
+        if not writer:
+            return
+        flagfile = f"# {program}\n{flags.to_flagfile(config)}"
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _whole(self.path / CONFIG) as file:
+            text = json.dumps({"program": program, **_plain(config)}, indent=2, allow_nan=False)
+            file.write(text.encode() + b"\n")
+        with _whole(self.path / "run.flags") as file:
+            file.write(flagfile.encode())
+        self._keep(math.inf)
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Report numbers (in metrics.jsonl also lists of them) at `step`.
+
+        The line is written at return, the event within a second of reports. Report a step before
+        saving its checkpoint: a run that resumes from it reports later ones only.
+        """
+        if not self._writer:
+            return
+        plain = _plain(values)
+        with open(self.path / METRICS, "ab") as file:
+            file.write(json.dumps({"step": int(step), **plain}).encode() + b"\n")
+        numbers = {name: x for name, x in plain.items() if isinstance(x, int | float)}
+        self._write_event(step, numbers)
+
+    def _write_event(self, step: int, numbers: Mapping[str, float]) -> None:
+        # Below SummaryWriter, whose queue and thread make a flush no promise.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if self._events is None:
+            self._events = EventsWriter(str(self.path / "events"), f".{time.time_ns()}")
+            if self._purge_step is not None:
+                # Makes TensorBoard drop what an earlier, longer life of the run wrote.
+                start = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(step=self._purge_step, session_log=start))
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()]
+        now, summary = time.time(), Summary(value=values)
+        self._events.write_event(Event(wall_time=now, step=step, summary=summary))
+        if now >= self._flush_at:  # syncs the disk, some milliseconds
+            self._events.flush()
+            self._flush_at = now + 1
+
+    def truncate(self, step: int) -> None:
+        """Forget reports after `step`, the one resumed from (-1: all of them)."""
+        if not self._writer:
+            return
+        self._keep(step)
+        self._purge_step = step + 1
+        self.close()
+
+    def _keep(self, step: float) -> None:
+        """Rewrite metrics.jsonl without later steps and without a line that a kill tore."""
+        lines = [json.dumps(line).encode() for line in self.history() if line["step"] <= step]
+        with _whole(self.path / METRICS) as file:
+            file.write(b"".join(line + b"\n" for line in lines))
+
+    def history(self) -> list[dict[str, Any]]:
+        """Everything reported so far, oldest first."""
+        path, rows = self.path / METRICS, []
+        for line in path.read_bytes().splitlines() if self._writer and path.exists() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
+        return rows
+
+    def save_figure(self, name: str, figure: Any) -> None:
+        """Write a matplotlib figure to figures/name.png."""
+        if self._writer:
+            (self.path / "figures").mkdir(exist_ok=True)
+            with _whole(self.path / "figures" / f"{name}.png") as file:
+                figure.savefig(file, format="png")
+
+    def save_arrays(self, name: str, **arrays: Any) -> None:
+        """Write arrays to name.npz."""
+        if self._writer:
+            with _whole(self.path / f"{name}.npz") as file:
+                np.savez(file, **arrays)
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
