@@ -67,7 +67,8 @@ def score_tasks(
     tokens_BT = sequences.sample_sequences(
         key, task_W2, input_M2, modulus=modulus, shots=shots, batch=total
     )
-    rows = min(rows, total)
+    devices = 1 if row_sharding is None else row_sharding.num_devices
+    rows = -(-min(rows, total) // devices) * devices
     # The last pass is filled up with copies of the first row, whose scores are cut off again.
     padded = jnp.concatenate([tokens_BT, jnp.repeat(tokens_BT[:1], -total % rows, axis=0)])
 

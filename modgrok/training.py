@@ -5,7 +5,7 @@ Axes: B batch, T tokens, S shots, V vocab, W tasks, M inputs, C steps of a chunk
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -221,9 +221,18 @@ def _varying(x: jax.Array, axis_name: str) -> jax.Array:
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        "cfg tx num_steps batch shots modulus micro_batches ema_decay axis_name batch_sharding"
-    ).split(),
+    static_argnames=[
+        "cfg",
+        "tx",
+        "num_steps",
+        "batch",
+        "shots",
+        "modulus",
+        "micro_batches",
+        "ema_decay",
+        "axis_name",
+        "batch_sharding",
+    ],
 )
 def train_chunk(
     state: TrainState,

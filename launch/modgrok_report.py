@@ -1,0 +1,214 @@
+"""What modgrok_train says of a model: scores on the way, and at the end figures and words."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import modgrok
+from launch import loop, parallel
+from launch.rundir import RunDir
+from modgrok import evaluation, figures, oracles
+
+NEXT = "python -m launch.modgrok_train --flagfile=launch/recipes/memorise.flags"
+
+
+class Evaluator:
+    """Tests parameters (averaged ones, if the run keeps them) on the four sets."""
+
+    def __init__(
+        self,
+        cfg: Any,
+        model: modgrok.Config,
+        tasks: modgrok.TaskSplit,
+        inputs: modgrok.InputSplit,
+        mesh: jax.sharding.Mesh,
+    ) -> None:
+        self._cfg, self._tasks, self._inputs, self._mesh = cfg, tasks, inputs, mesh
+        self._data = parallel.replicate((tasks, inputs), mesh)
+
+        def evaluate(params: Any, key: jax.Array, data: Any, counts: tuple[int, int]) -> Any:
+            return modgrok.evaluate(
+                params,
+                key,
+                *data,
+                cfg=model,
+                modulus=cfg.p,
+                shots=cfg.shots,
+                sequences_per_task=counts,
+                rows=cfg.eval_rows,
+                row_sharding=parallel.rows(mesh),
+            )
+
+        self._evaluate = jax.jit(
+            evaluate, static_argnames="counts", out_shardings=parallel.replicated(mesh)
+        )
+
+    def scores(
+        self, state: modgrok.TrainState, key: jax.Array, counts: tuple[int, int]
+    ) -> modgrok.Evaluation:
+        """Scores as numpy arrays; every process has to call."""
+        params = state.params if state.ema is None else state.ema
+        key = parallel.replicate(key, self._mesh)
+        return parallel.on_host(self._evaluate(params, key, self._data, counts=counts))
+
+    def on_the_way(self, state: modgrok.TrainState, key: jax.Array) -> loop.Report:
+        scores = self.scores(state, key, tuple(self._cfg.eval_sequences))
+        last = {name: float(getattr(scores, name).last_shot) for name in evaluation.SETS}
+        chosen = getattr(scores, self._cfg.select)
+        deciding = float(evaluation.take_tasks(chosen, evaluation.DECIDING).last_shot)
+        reported = float(evaluation.take_tasks(chosen, evaluation.REPORTED).last_shot)
+        numbers = {f"accuracy_{name}": value for name, value in last.items()}
+        numbers |= {"accuracy_deciding": deciding, "accuracy_reported": reported}
+        text = (
+            f"seen tasks {last['seen_train']:.2f} ({last['seen_heldout']:.2f} held-out inputs), "
+            f"unseen {last['unseen_train']:.2f} ({last['unseen_heldout']:.2f})"
+        )
+        return loop.Report(numbers, deciding, text)
+
+    def at_the_end(
+        self,
+        state: modgrok.TrainState,
+        outcome: loop.Outcome,
+        key: jax.Array,
+        folder: RunDir,
+        *,
+        draw: bool,
+        say: Callable[..., None],
+    ) -> dict[str, Any]:
+        """Test the best state on new sequences; draw figures; return the summary's numbers.
+
+        Of the unseen tasks only those count that had no say in which state is the best.
+        """
+        cfg = self._cfg
+        scores = self.scores(state, key, (cfg.final_sequences, cfg.final_sequences))
+        take = functools.partial(evaluation.take_tasks, index=evaluation.REPORTED)
+        reported = scores._replace(
+            unseen_train=take(scores.unseen_train), unseen_heldout=take(scores.unseen_heldout)
+        )
+        last_shot = {name: float(getattr(reported, name).last_shot) for name in evaluation.SETS}
+        summary: dict[str, Any] = {
+            f"accuracy_{name.replace('_', '_task_')}": value for name, value in last_shot.items()
+        }
+        by_task_W = scores.unseen_train.accuracy_WS[:, -1]
+        summary |= {
+            "loss": outcome.last.get("loss"),
+            "steps_per_second": outcome.steps_timed / outcome.train_seconds
+            if outcome.train_seconds
+            else None,
+            "compile_seconds": outcome.compile_seconds,
+            "best_step": outcome.best.step,
+            "best_score": outcome.best.score,
+            "chance": 1 / cfg.p,
+            "unseen_tasks_reported": len(reported.unseen_train.accuracy_WS),
+            "unseen_tasks_above_half": int((by_task_W > 0.5).sum()),
+            "unseen_tasks": len(by_task_W),
+        }
+        history = _columns(folder.history())
+        deciding = history.get("accuracy_deciding", np.array([]))
+        if outcome.best.step > 0:
+            known = np.isfinite(deciding) & (history["step"] > 0)
+            summary["transience"] = modgrok.transience(
+                history["step"][known], history["accuracy_reported"][known]
+            )._asdict()
+        folder.save_arrays(
+            "evaluation",
+            train_tasks=self._tasks.train_W2,
+            unseen_tasks=self._tasks.unseen_U2,
+            train_inputs=self._inputs.train_M2,
+            heldout_inputs=self._inputs.heldout_O2,
+            **{
+                f"{name}_{field}": getattr(getattr(scores, name), field)
+                for name in evaluation.SETS
+                for field in ("accuracy_WS", "loss_WS", "num_sequences")
+            },
+        )
+        drawn = draw and self._draw(scores, reported, history, outcome, folder, say)
+        self._last_words(last_shot, outcome, folder, drawn, say)
+        return summary
+
+    def _draw(
+        self,
+        scores: modgrok.Evaluation,
+        reported: modgrok.Evaluation,
+        history: dict[str, np.ndarray],
+        outcome: loop.Outcome,
+        folder: RunDir,
+        say: Callable[..., None],
+    ) -> bool:
+        try:
+            import matplotlib  # noqa: F401
+        except ModuleNotFoundError:
+            say("no figures: matplotlib is missing; pip install 'deeper[figures]' brings it")
+            return False
+        cfg = self._cfg
+        names = {"step": "step", "loss": "loss"}
+        names |= {f"accuracy_{name}": name for name in evaluation.SETS}
+        curves = {names[key]: column for key, column in history.items() if key in names}
+        best = outcome.best.step if outcome.best.step > 0 else None
+        if "step" in curves:
+            folder.save_figure(
+                "training", figures.training_curves(curves, modulus=cfg.p, best_step=best)
+            )
+        shots = {name: getattr(reported, name).accuracy_WS.mean(axis=0) for name in evaluation.SETS}
+        folder.save_figure(
+            "shots",
+            figures.accuracy_by_shots(
+                shots,
+                modulus=cfg.p,
+                bayes_S=oracles.bayes_accuracy(cfg.p, cfg.shots),
+                ratio_matching_S=oracles.ratio_matching_accuracy(cfg.p, cfg.shots),
+            ),
+        )
+        folder.save_figure(
+            "tasks",
+            figures.task_map(
+                self._tasks.train_W2,
+                scores.seen_train.accuracy_WS[:, -1],
+                self._tasks.unseen_U2,
+                scores.unseen_train.accuracy_WS[:, -1],
+                modulus=cfg.p,
+            ),
+        )
+        return True
+
+    def _last_words(
+        self,
+        last_shot: dict[str, float],
+        outcome: loop.Outcome,
+        folder: RunDir,
+        drawn: bool,
+        say: Callable[..., None],
+    ) -> None:
+        cfg = self._cfg
+        ended = "reached the target" if outcome.reached_target else "ended"
+        say(
+            f"\nTraining {ended} after {outcome.step} steps; the best checkpoint is of step "
+            f"{outcome.best.step}. After {cfg.shots - 1} examples it answers\n"
+            f"  {last_shot['seen_train']:6.1%} on tasks it was trained on,\n"
+            f"  {last_shot['unseen_train']:6.1%} on tasks it has never seen and that did not "
+            f"choose the checkpoint,\n"
+            f"  {last_shot['unseen_heldout']:6.1%} on such tasks with inputs never seen either "
+            f"(chance: {1 / cfg.p:.1%})."
+        )
+        if drawn:
+            say(f"Accuracy by number of examples: {folder.path / 'figures' / 'shots.png'}")
+        if cfg.num_tasks > 18 and cfg.p == 7:
+            say(f"Next, the other side of the transition, a model that memorises:\n  {NEXT}")
+        else:
+            say(f"To continue or repeat: the same command with --workdir={folder.path}")
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Reports as columns, NaN where a step lacks one; reports of one step are merged."""
+    merged: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        merged.setdefault(row["step"], {}).update(row)
+    ordered = [merged[step] for step in sorted(merged)]
+    names = dict.fromkeys(name for row in ordered for name in row)
+    return {
+        name: np.array([np.nan if row.get(name) is None else row[name] for row in ordered], float)
+        for name in names
+    }
