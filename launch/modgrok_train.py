@@ -161,7 +161,7 @@ class TrainConfig:
 
 
 # What may change from one life of a run to the next; the numbers do not depend on it.
-FREE = [
+FREE = (
     "workdir",
     "quiet",
     "figures",
@@ -178,7 +178,7 @@ FREE = [
     "coordinator_address",
     "num_processes",
     "process_id",
-]
+)
 
 _PAPER = {
     "p": 29,

@@ -151,7 +151,7 @@ class Block(nn.Module):
 
         `embedded` is (embedding_VD, tokens_BT) when h_BTD is its plain lookup (the first block).
         """
-        cfg, (batch, length, width) = self.cfg, h_BTD.shape
+        cfg, (length, width) = self.cfg, h_BTD.shape[1:]
         dtype, (heads, size) = jnp.dtype(cfg.dtype), (cfg.heads, cfg.head_size)
         normal = nn.initializers.normal
         norm_1, norm_2 = _layer_norm("ln_1"), _layer_norm("ln_2")
