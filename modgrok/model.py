@@ -118,8 +118,9 @@ def _lookup_jvp(primals, tangents):
 
 def rotary_tables(length: int, head_size: int) -> tuple[jax.Array, jax.Array]:
     """cos and sin, each (length, K/2), of position * 10000^(-2 i / K)."""
-    frequency_K = 10000.0 ** (-2.0 * jnp.arange(head_size // 2) / head_size)
-    angle_TK = jnp.arange(length)[:, None] * frequency_K
+    pair_K = jnp.arange(head_size // 2, dtype=jnp.float32)
+    position_T = jnp.arange(length, dtype=jnp.float32)
+    angle_TK = position_T[:, None] * 10000.0 ** (-2.0 * pair_K / head_size)
     return jnp.cos(angle_TK), jnp.sin(angle_TK)
 
 
@@ -153,14 +154,13 @@ class Block(nn.Module):
         """
         cfg, (length, width) = self.cfg, h_BTD.shape[1:]
         dtype, (heads, size) = jnp.dtype(cfg.dtype), (cfg.heads, cfg.head_size)
-        normal = nn.initializers.normal
         norm_1, norm_2 = _layer_norm("ln_1"), _layer_norm("ln_2")
-        qkv_D3HK = self.param("qkv", normal(0.02), (width, 3, heads, size)).astype(dtype)
-        out_HKD = self.param("out", normal(0.02), (heads, size, width)).astype(dtype)
-        fc_DF = self.param("fc", normal(0.02), (width, cfg.mlp_ratio * width)).astype(dtype)
+        qkv_D3HK = self.param("qkv", _normal(0.02), (width, 3, heads, size)).astype(dtype)
+        out_HKD = self.param("out", _normal(0.02), (heads, size, width)).astype(dtype)
+        fc_DF = self.param("fc", _normal(0.02), (width, cfg.mlp_ratio * width)).astype(dtype)
         # The reference scales down what it calls "proj", not the attention output.
         proj_FD = self.param(
-            "proj", normal(0.02 / (2 * cfg.layers) ** 0.5), (cfg.mlp_ratio * width, width)
+            "proj", _normal(0.02 / (2 * cfg.layers) ** 0.5), (cfg.mlp_ratio * width, width)
         ).astype(dtype)
         at_answers = (lambda x_BTX: x_BTX[:, 1::3]) if answers_only else (lambda x_BTX: x_BTX)
 
@@ -200,10 +200,14 @@ class Block(nn.Module):
             "bhts,bhsk->bhtk", attention_BHTT.astype(dtype), jnp.moveaxis(v_BT, 2, 1)
         )
         head_BTHK = jnp.moveaxis(head_BHTK, 1, 2)
-        h_BTD = at_answers(h_BTD) + _dense(head_BTHK, out_HKD, 2)
+        h_BTD = at_answers(h_BTD) + _dense(head_BTHK, out_HKD, 2).astype(jnp.float32)
         hidden_BTF = nn.relu(_dense(norm_2(h_BTD).astype(dtype), fc_DF))
-        h_BTD = h_BTD + _dense(hidden_BTF, proj_FD)
+        h_BTD = h_BTD + _dense(hidden_BTF, proj_FD).astype(jnp.float32)
         return h_BTD, (attention_BHTT, head_BTHK, hidden_BTF)
+
+
+def _normal(std: float) -> nn.initializers.Initializer:
+    return nn.initializers.normal(std, jnp.float32)  # also where x64 is on
 
 
 def _layer_norm(name: str | None = None) -> nn.LayerNorm:
@@ -247,7 +251,7 @@ class Transformer(nn.Module):
         if capture and positions != "all":
             raise ValueError(f"capture=True needs positions='all', got {positions!r}")
         tokens_BT = tokens_BT[:, :-1]
-        embedding_VD = self.param("embedding", nn.initializers.normal(0.02), (cfg.vocab, cfg.width))
+        embedding_VD = self.param("embedding", _normal(0.02), (cfg.vocab, cfg.width))
         block = Block(cfg, parent=None)
         stacked = self.param("blocks", functools.partial(_init_blocks, block))
 
@@ -297,8 +301,8 @@ def _run_block(block, weights, h_BTD, embedded, answers_only):
 
 
 def _init_blocks(block: Block, key: jax.Array) -> Params:
-    h_112D = jnp.zeros((1, 2, block.cfg.width))
-    return jax.vmap(lambda k: block.init(k, h_112D)["params"])(
+    h_12D = jnp.zeros((1, 2, block.cfg.width), jnp.float32)
+    return jax.vmap(lambda k: block.init(k, h_12D)["params"])(
         jax.random.split(key, block.cfg.layers)
     )
 

@@ -49,12 +49,14 @@ def sample_sequences(
         raise ValueError(f"shots={shots} must be at least 1")
     repeats = batch // num_tasks
     drawn_W = (1,) if paired else (num_tasks,)
-    index_WRS = jax.random.randint(key, (*drawn_W, repeats, shots), 0, input_M2.shape[0])
-    xy_WRS2 = jnp.asarray(input_M2, jnp.int32)[index_WRS]
-    task_W112 = jnp.asarray(task_W2, jnp.int32)[:, None, None, :]
-    z_WRS1 = jnp.sum(task_W112 * xy_WRS2, axis=-1, keepdims=True) % modulus
-    xy_WRS2 = jnp.broadcast_to(xy_WRS2, (*z_WRS1.shape[:-1], 2))
-    return jnp.concatenate([xy_WRS2, z_WRS1], axis=-1).reshape(batch, 3 * shots)
+    shape_WRS = (*drawn_W, repeats, shots)
+    # int32 by name: with x64 on, the default draws other inputs.
+    index_WRS = jax.random.randint(key, shape_WRS, 0, input_M2.shape[0], jnp.int32)
+    x_WRS, y_WRS = jnp.unstack(jnp.asarray(input_M2, jnp.int32)[index_WRS], axis=-1)
+    a_W11, b_W11 = jnp.asarray(task_W2, jnp.int32).T[..., None, None]
+    z_WRS = (a_W11 * x_WRS + b_W11 * y_WRS) % modulus
+    xyz_WRS3 = jnp.stack(jnp.broadcast_arrays(x_WRS, y_WRS, z_WRS), axis=-1)
+    return xyz_WRS3.reshape(batch, 3 * shots)
 
 
 def answers(tokens_BT: jax.Array) -> jax.Array:

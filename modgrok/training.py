@@ -150,7 +150,7 @@ def answer_loss(
     logits_BSV = apply(params, tokens_BT, cfg)
     z_BS = sequences.answers(tokens_BT)
     loss_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, z_BS)
-    correct_BS = (jnp.argmax(logits_BSV, axis=-1) == z_BS).astype(jnp.float32)
+    correct_BS = (jax.lax.argmax(logits_BSV, 2, jnp.int32) == z_BS).astype(jnp.float32)
     return loss_BS.mean(), (loss_BS, correct_BS)
 
 
@@ -171,7 +171,7 @@ def train_step(
         micro_batches: cut the batch into this many parts and add up their gradients, for cards
             that are too small for it whole.
         ema_decay: weight of the old average in `state.ema`, which must then exist.
-        axis_name: average gradients and metrics over this mapped axis (pmap, shard_map, vmap).
+        axis_name: average gradients and metrics over this mapped axis (pmap, shard_map).
     Raises:
         ValueError: if the rows do not divide by `micro_batches`, or `ema_decay` and `state.ema`
             disagree.
@@ -196,7 +196,9 @@ def train_step(
     if micro_batches == 1:
         loss, accuracy, grads = gradients(tokens_BT)
     else:
-        part_CBT = tokens_BT.reshape(micro_batches, -1, tokens_BT.shape[1])
+        # Every n-th row, not a block of rows: sharded rows then stay where they are, and each
+        # device has its share of every part.
+        part_CBT = tokens_BT.reshape(-1, micro_batches, tokens_BT.shape[1]).swapaxes(0, 1)
 
         def add(total, tokens_BT):
             return jax.tree.map(jnp.add, total, gradients(tokens_BT)), None
