@@ -1,0 +1,102 @@
+"""What the README shows is run: short commands and all Python for real, long commands started."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
+# These take minutes to days; their start shows that the command is right.
+LONG = ("--preset=paper", "memorise.flags")
+
+
+def _commands() -> list[str]:
+    lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+    return [line for line in lines if line.strip()]
+
+
+def _environment(tmp_path: Path) -> dict[str, str]:
+    own = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache"), "MPLBACKEND": "Agg"}
+    inherited = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    return inherited | own
+
+
+@pytest.mark.slow
+def test_readme_runs_in_order(tmp_path):
+    (tmp_path / "launch").symlink_to(ROOT / "launch")  # recipes are named relative to the clone
+    run = {"cwd": tmp_path, "env": _environment(tmp_path), "text": True, "check": False}
+    ran = []
+    for kind, text in BLOCKS:
+        commands = [["-c", text]]
+        if kind == "bash":
+            lines = [line for line in text.splitlines() if line.startswith("python -m launch")]
+            lines = [line for line in lines if not any(word in line for word in LONG)]
+            commands = [shlex.split(line)[1:] for line in lines]
+        for command in commands:
+            done = subprocess.run(
+                [sys.executable, *command], **run, capture_output=True, timeout=300
+            )
+            assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+            ran.append(done)
+    assert len(ran) >= 7
+    assert (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "shots.png").stat().st_size > 10_000
+    assert "resuming at step 40" in "".join(done.stderr for done in ran)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line", [line for line in _commands() if any(word in line for word in LONG)]
+)
+def test_long_commands_start(line, tmp_path):
+    if "--multiprocess=auto" in line:
+        line = line.replace("--multiprocess=auto", "")  # there is no cluster to find
+    line = re.sub(r"--workdir=\S+", f"--workdir={tmp_path / 'run'}", line)
+    process = subprocess.Popen(
+        [sys.executable, *shlex.split(line)[1:]],
+        cwd=ROOT,
+        env=_environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        begun, seen = time.monotonic(), ""
+        while "compiling first" not in seen:
+            assert process.poll() is None, seen
+            assert time.monotonic() - begun < 120, seen
+            seen += process.stderr.readline()
+        assert "unseen tasks mod" in seen
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^make (\w+)$", README, re.MULTILINE)
+    assert {"demo", "test"} <= set(targets)
+    for target in targets:
+        done = subprocess.run(
+            ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "constraints.txt" in done.stdout or "-m" in done.stdout
+
+
+def test_every_file_that_the_readme_names_exists():
+    for path in re.findall(r"\]\((docs/[\w.]+)\)", README):
+        assert (ROOT / path).is_file(), path
+    for path in re.findall(r"--flagfile=(\S+)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_ci_calls_the_tests_of_the_readme():
+    assert re.search(r"^make .*\btest$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
