@@ -1,0 +1,1 @@
+"""Measurements against other libraries; run each as `python -m benchmarks.NAME`."""
