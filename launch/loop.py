@@ -10,13 +10,16 @@ a key made from s: a run that was killed and resumed computes the same bits as o
 
 import dataclasses
 import math
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -83,30 +86,50 @@ class Cadence:
 class StopRequest:
     """Ctrl-C and SIGTERM as a flag that is looked at between chunks; a second one kills.
 
-    With several processes jax's own service listens to SIGTERM and lets them agree on a boundary:
-    a handler of ours would disable it.
+    A thread listens: handlers written in Python wait until a compilation or a chunk has ended.
+    With several processes jax's own service listens to SIGTERM and lets them agree on a boundary,
+    and a handler of ours would disable it.
     """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    # Some launchers (timeout of coreutils is one) deliver one request twice.
+    _ONE_REQUEST = 0.5
 
     def __init__(self) -> None:
         self._signum: int | None = None
         self._polls = 0
         self._shared = jax.process_count() > 1
-        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if not self._shared:
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._handle)
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            self._previous = {s: signal.signal(s, lambda *_: None) for s in self._SIGNALS}
+            self._thread = threading.Thread(target=self._listen, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+        if not self._shared:
+            for signum, handler in self._previous.items():
+                signal.signal(signum, handler)
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._write)
+            self._thread.join()
+            os.close(self._read)
 
-    def _handle(self, signum: int, _: object) -> None:
-        self._signum = signum
-        signal.signal(signum, self._previous[signum])
-        print("\nstopping at the next boundary; once more to stop at once", file=sys.stderr)
+    def _listen(self) -> None:
+        first = 0.0
+        while number := os.read(self._read, 1):
+            if number[0] not in self._SIGNALS:
+                continue
+            if self._signum is None:
+                self._signum, first = number[0], time.monotonic()
+                text = "\nstopping at the next boundary; once more to stop at once"
+                print(text, file=sys.stderr, flush=True)
+            elif time.monotonic() - first > self._ONE_REQUEST:
+                os._exit(128 + number[0])
 
     def poll(self) -> int | None:
         """The signal, if one came; every process has to ask equally often."""
@@ -248,6 +271,7 @@ class _Loop:
         return {"best_step": self.best.step, "best_score": score}
 
     def save(self) -> None:
+        self._check_finite()
         self._checkpoints.save(self.step, self.state, self.meta())
         self._last_saved = self.step
 
@@ -285,10 +309,9 @@ class _Loop:
         values = {name: np.asarray(x.addressable_data(0)) for name, x in metrics._asdict().items()}
         bad = ~np.isfinite(values["loss"])
         if bad.any():
-            saved = "none" if self._last_saved is None else f"step {self._last_saved}"
+            at = int(np.argmax(bad))
             raise NonFiniteError(
-                f"the loss of step {before + int(np.argmax(bad)) + 1} is "
-                f"{values['loss'][np.argmax(bad)]}; last good checkpoint: {saved}"
+                f"the loss of step {before + at + 1} is {values['loss'][at]}; {self._good()}"
             )
         means = {name: float(x.mean()) for name, x in values.items()}
         self.last.update(means)
@@ -302,5 +325,21 @@ class _Loop:
         progress.line(self.step, report.text, self.last.get("loss"))
         if self.step and report.score > self.best.score:
             self.best = Best(self.step, report.score)
+            self._check_finite()
             self._checkpoints.save_best(self.step, self.state, self.meta())
             self._last_saved = self.step
+
+    def _check_finite(self) -> None:
+        """A loss tells of the state before its update, not of the one to be saved."""
+        if not bool(_all_finite(self.state).addressable_data(0)):
+            raise NonFiniteError(f"the state after step {self.step} is not finite; {self._good()}")
+
+    def _good(self) -> str:
+        saved = "none" if self._last_saved is None else f"step {self._last_saved}"
+        return f"last good checkpoint: {saved}"
+
+
+@jax.jit
+def _all_finite(state: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.array([jnp.isfinite(x).all() for x in floats]).all()

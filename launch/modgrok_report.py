@@ -93,8 +93,9 @@ class Evaluator:
             f"accuracy_{name.replace('_', '_task_')}": value for name, value in last_shot.items()
         }
         by_task_W = scores.unseen_train.accuracy_WS[:, -1]
+        history = _columns(folder.history())
         summary |= {
-            "loss": outcome.last.get("loss"),
+            "loss": _last_finite(history.get("loss")),
             "steps_per_second": outcome.steps_timed / outcome.train_seconds
             if outcome.train_seconds
             else None,
@@ -106,10 +107,8 @@ class Evaluator:
             "unseen_tasks_above_half": int((by_task_W > 0.5).sum()),
             "unseen_tasks": len(by_task_W),
         }
-        history = _columns(folder.history())
-        deciding = history.get("accuracy_deciding", np.array([]))
-        if outcome.best.step > 0:
-            known = np.isfinite(deciding) & (history["step"] > 0)
+        if outcome.best.step > 0 and "accuracy_reported" in history:
+            known = np.isfinite(history["accuracy_reported"]) & (history["step"] > 0)
             summary["transience"] = modgrok.transience(
                 history["step"][known], history["accuracy_reported"][known]
             )._asdict()
@@ -199,6 +198,12 @@ class Evaluator:
             say(f"Next, the other side of the transition, a model that memorises:\n  {NEXT}")
         else:
             say(f"To continue or repeat: the same command with --workdir={folder.path}")
+
+
+def _last_finite(column: np.ndarray | None) -> float | None:
+    """The last number reported; None if there is none (every process but the first)."""
+    known = np.array([]) if column is None else column[np.isfinite(column)]
+    return float(known[-1]) if len(known) else None
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:

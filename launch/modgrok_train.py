@@ -5,10 +5,14 @@ stderr. Presets: demo (the default: minutes on a laptop), small (seconds, to try
 paper's runs of depth 2, 4 and 6 (a GPU). Recipes: --flagfile=launch/recipes/NAME.flags.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
+import signal
 import sys
+import time
+import traceback
 from typing import Any
 
 from launch import UsageError, flags, rundir
@@ -24,13 +28,18 @@ from launch.modgrok_config import (
     state_maker,
 )
 
+# What may differ between the processes of one run.
+OF_ONE_PROCESS = ("process_id", "quiet", "compilation_cache")
+
 
 def main(cfg: TrainConfig) -> int:
+    began = time.monotonic()
+    settings = dataclasses.asdict(cfg)
+    # Every process looks before any can have written: `start` waits for all of them.
+    folder = cfg.workdir or rundir.default_path(PROGRAM)
+    resuming = rundir.check(folder, settings, program=PROGRAM, free=FREE)
     from launch import parallel
 
-    resuming = cfg.workdir and rundir.check(
-        cfg.workdir, dataclasses.asdict(cfg), program=PROGRAM, free=FREE
-    )
     parallel.start(
         platform_devices=cfg.platform_devices,
         coordinator_address=cfg.coordinator_address,
@@ -39,15 +48,20 @@ def main(cfg: TrainConfig) -> int:
         multiprocess=cfg.multiprocess,
         compilation_cache=cfg.compilation_cache,
     )
-    return train(cfg, resuming=bool(resuming))
+    parallel.check_same(repr(settings | dict.fromkeys(OF_ONE_PROCESS)))
+    result = train(cfg, resuming=resuming)
+    if parallel.is_first():
+        rundir.summary_line({**result, "seconds": time.monotonic() - began})
+    return 0
 
 
-def train(cfg: TrainConfig, *, resuming: bool) -> int:
-    """Run in this process, whose devices are set up."""
+def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
+    """Run in this process, whose devices are set up; returns what the summary line says."""
     import jax
 
     from launch import loop, modgrok_report, parallel
     from launch.checkpoints import Checkpoints
+    from launch.hoststate import from_process_0
 
     mesh = parallel.make_mesh(cfg.devices)
     if cfg.batch % (mesh.size * cfg.micro_batches):
@@ -55,15 +69,14 @@ def train(cfg: TrainConfig, *, resuming: bool) -> int:
             f"--batch={cfg.batch}: expected a multiple of the {mesh.size} devices"
             + (f" x --micro_batches={cfg.micro_batches}" if cfg.micro_batches > 1 else "")
         )
-    writer = jax.process_index() == 0
-    workdir = cfg.workdir or str(rundir.default_path(PROGRAM))
-    if not cfg.workdir and jax.process_count() > 1:
-        raise UsageError("--workdir=: several processes need the same folder by name")
     tasks, inputs = prepare_data(cfg)
     model, tx = make_model(cfg)
     like = abstract_state(cfg, model, tx)
-    directory = os.path.join(workdir, "checkpoints")
-    with Checkpoints(directory, keep=cfg.keep) as checkpoints:
+    writer = parallel.is_first()
+    # Process 0 decides: the others may be on machines that do not see its disk.
+    resuming = bool(from_process_0(b"x" * resuming))
+    workdir = cfg.workdir or from_process_0(_new_folder() if writer else b"").decode()
+    with Checkpoints(os.path.join(workdir, "checkpoints"), keep=cfg.keep) as checkpoints:
         restored = checkpoints.restore(like) if resuming else None
         start, best = 0, loop.Best()
         if restored:
@@ -87,7 +100,6 @@ def train(cfg: TrainConfig, *, resuming: bool) -> int:
                 + (f"resuming at step {start}" if restored else "compiling first")
             )
             evaluator = modgrok_report.Evaluator(cfg, model, tasks, inputs, mesh)
-            chunk = _chunk(cfg, model, tx, tasks, inputs, mesh)
             outcome = loop.run(
                 state,
                 start=start,
@@ -95,7 +107,7 @@ def train(cfg: TrainConfig, *, resuming: bool) -> int:
                 cadence=loop.Cadence(
                     cfg.steps, cfg.log_every, cfg.eval_every, cfg.checkpoint_every
                 ),
-                chunk=chunk,
+                chunk=_chunk(cfg, model, tx, tasks, inputs, mesh),
                 evaluate=lambda state: evaluator.on_the_way(state[0], key_for(cfg, 3)),
                 target=cfg.target,
                 checkpoints=checkpoints,
@@ -108,20 +120,25 @@ def train(cfg: TrainConfig, *, resuming: bool) -> int:
             summary = evaluator.at_the_end(
                 best_state[0], outcome, key_for(cfg, 4), folder, draw=cfg.figures, say=say
             )
-    if writer:
-        rundir.summary_line(
-            {
-                "program": PROGRAM,
-                "workdir": workdir,
-                "seconds": outcome.seconds,
-                "steps": outcome.step,
-                **summary,
-                "resumed_from": restored.step if restored else None,
-                "parameters": model.num_params,
-                "devices": mesh.size,
-            }
-        )
-    return 0
+    return {
+        "program": PROGRAM,
+        "workdir": workdir,
+        "seconds": outcome.seconds,
+        "steps": outcome.step,
+        **summary,
+        "resumed_from": restored.step if restored else None,
+        "parameters": model.num_params,
+        "devices": mesh.size,
+    }
+
+
+def _new_folder() -> bytes:
+    """A fresh folder under runs/, made at once: two runs may start in the same second."""
+    while True:
+        path = rundir.default_path(PROGRAM)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return os.fsencode(path)
 
 
 def _chunk(cfg: TrainConfig, model: Any, tx: Any, tasks: Any, inputs: Any, mesh: Any) -> Any:
@@ -151,19 +168,37 @@ def _chunk(cfg: TrainConfig, model: Any, tx: Any, tasks: Any, inputs: Any, mesh:
 
 
 def cli() -> None:
-    from launch import loop
+    flags.run(_guarded, TrainConfig, presets=PRESETS, doc=__doc__)
 
-    def guarded(cfg: TrainConfig) -> int:
-        try:
-            return main(cfg)
-        except loop.Interrupted as stopped:
-            print(f"{PROGRAM}: {stopped}", file=sys.stderr)
-            return stopped.status
-        except loop.NonFiniteError as error:
-            print(f"{PROGRAM}: {error} in {cfg.workdir or 'the run folder'}", file=sys.stderr)
+
+def _guarded(cfg: TrainConfig) -> int:
+    """`main`, with a sentence and a status for each way to end early."""
+    try:
+        return main(cfg)
+    except UsageError:
+        raise
+    except KeyboardInterrupt:  # outside the loop, where there is nothing new to save
+        print(f"{PROGRAM}: stopped; the same command continues", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        from launch import loop, parallel
+
+        if isinstance(error, loop.Interrupted):
+            print(f"{PROGRAM}: {error}", file=sys.stderr)
+            return error.status
+        if isinstance(error, loop.NonFiniteError):
+            print(
+                f"{PROGRAM}: {error}; the same command would end here again: try a smaller --lr "
+                "or another --seed in a new --workdir",
+                file=sys.stderr,
+            )
             return 1
-
-    flags.run(guarded, TrainConfig, presets=PRESETS, doc=__doc__)
+        if not parallel.is_alone():
+            # An orderly exit waits for the other processes, which wait for this one.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        raise
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ on its own rows of the batch. One function serves all three forms, see `wrap`.
 """
 
 import functools
+import hashlib
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from launch import UsageError
@@ -46,6 +49,10 @@ def start(
             f"--process_id={process_id}: give all three to start several processes by hand, "
             "or none"
         )
+    if coordinator_address and not re.fullmatch(r".+:\d+", coordinator_address):
+        raise UsageError(
+            f"--coordinator_address={coordinator_address}: expected host:port of process 0"
+        )
     if all(explicit) and process_id >= num_processes:
         raise UsageError(
             f"--process_id={process_id}: expected 0 to {num_processes - 1}, "
@@ -64,11 +71,41 @@ def start(
     if all(explicit):
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     elif multiprocess == "auto":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise UsageError(
+                f"--multiprocess=auto: no cluster was found ({error}); expected Cloud TPU, SLURM, "
+                "Open MPI or Kubernetes, or --coordinator_address, --num_processes, --process_id"
+            ) from error
     if compilation_cache:
         jax.config.update("jax_compilation_cache_dir", compilation_cache)
         # Small models compile in under the default second, many times over.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if jax.process_count() > 1:
+        # CPU processes must meet for the first time within 30 seconds. Here they are together;
+        # after compiling, on a busy machine, they are not.
+        multihost_utils.sync_global_devices("start")
+
+
+def is_first() -> bool:
+    """Whether this process writes files and prints the result."""
+    return jax.process_index() == 0
+
+
+def is_alone() -> bool:
+    return jax.process_count() == 1
+
+
+def check_same(settings: str) -> None:
+    """UsageError on every process if one of them was started with other settings."""
+    if jax.process_count() > 1:
+        sha = np.frombuffer(hashlib.sha256(settings.encode()).digest(), np.uint8)
+        if len(np.unique(multihost_utils.process_allgather(sha), axis=0)) > 1:
+            raise UsageError(
+                f"--num_processes={jax.process_count()}: they were started with different flags; "
+                "expected the same ones, up to --process_id"
+            )
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:
@@ -98,7 +135,20 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Every leaf on every device of the mesh; all processes hold the same values."""
-    return jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)), tree)
+    everywhere = replicated(mesh)
+
+    def put(x: Any) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(x, everywhere)
+        if hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                put(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
+        # Devices of other processes can be filled by those only, each from its own copy.
+        local = on_host(x)
+        return jax.make_array_from_callback(local.shape, everywhere, lambda index: local[index])
+
+    return jax.tree.map(put, tree)
 
 
 def on_host(tree: Any) -> Any:
@@ -160,4 +210,17 @@ def _by_pmap(chunk: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
     # pmap wants an argument with an entry for each device of this process.
     index = np.arange(len(mesh.local_devices))
-    return lambda state, *args, num_steps: compiled(num_steps, len(args))(index, state, *args)
+
+    def call(state: Any, *args: Any, num_steps: int) -> Any:
+        results = compiled(num_steps, len(args))(index, state, *args)
+        return results if is_alone() else jax.tree.map(whole, results)
+
+    def whole(x: jax.Array) -> jax.Array:
+        # What pmap returns spans the devices of this process only.
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = whole(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        parts = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, replicated(mesh), parts)
+
+    return call
