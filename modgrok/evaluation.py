@@ -62,7 +62,12 @@ def score_tasks(
     Args:
         rows: sequences in one forward pass, which bounds memory; they are spread over devices by
             `row_sharding`, if given. Changes no score.
+    Raises:
+        ValueError: if `num_sequences` or `rows` is less than 1.
     """
+    for name, count in (("num_sequences", num_sequences), ("rows", rows)):
+        if count < 1:
+            raise ValueError(f"{name}={count} must be at least 1")
     total = task_W2.shape[0] * num_sequences
     tokens_BT = sequences.sample_sequences(
         key, task_W2, input_M2, modulus=modulus, shots=shots, batch=total
