@@ -1,0 +1,223 @@
+"""What lets these packages be embedded: public functions are pure, under every transformation.
+
+Each is compared with its plain call under jit, vmap, grad, scan and eval_shape; types hold under
+strict promotion and with x64 on.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from asserts import assert_trees_close, assert_trees_equal
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import modgrok
+from modgrok import oracles
+from modgrok.tasks import InputSplit, TaskSplit
+from modgrok.training import answer_loss
+
+CFG = modgrok.Config(vocab=5, width=8, heads=2, layers=1)
+TASKS = TaskSplit(np.array([[1, 2], [3, 4]], np.int32), np.array([[2, 2], [4, 1]], np.int32))
+INPUTS = InputSplit(np.array([[1, 2], [0, 4]], np.int32), np.array([[4, 1], [1, 1]], np.int32))
+KEYS = jax.random.split(jax.random.key(0), 2)
+TX = optax.sgd(0.5)
+SIZES = {"modulus": 5, "shots": 2}
+
+# Most of the time here goes into compiling; what is compiled runs once.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def random_params(seed):
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: modgrok.init_params(key, CFG), KEYS[0])
+    return jax.tree.map(lambda x: jnp.array(rng.normal(0, 0.5, x.shape), jnp.float32), shapes)
+
+
+PARAMS = [random_params(seed) for seed in (0, 1)]
+TOKENS = [
+    modgrok.sample_sequences(key, TASKS.train_W2, INPUTS.train_M2, batch=4, **SIZES) for key in KEYS
+]
+PROBS = [oracles.bayes(tokens_BT, 5) for tokens_BT in TOKENS]
+
+
+def state(params):
+    return modgrok.TrainState(jnp.int32(0), params, TX.init(params), None)
+
+
+def train_step(params, tokens_BT):
+    return modgrok.train_step(state(params), tokens_BT, cfg=CFG, tx=TX)
+
+
+def train_chunk(params, key):
+    return modgrok.train_chunk(
+        state(params), key, TASKS[0], INPUTS[0], cfg=CFG, tx=TX, num_steps=2, batch=4, **SIZES
+    )
+
+
+def evaluate(params, key):
+    return modgrok.evaluate(params, key, TASKS, INPUTS, cfg=CFG, sequences_per_task=2, **SIZES)
+
+
+def capture(params, tokens_BT):
+    return modgrok.apply(params, tokens_BT, CFG, positions="all", capture=True)
+
+
+# name -> (function of arrays, two sets of arguments)
+FUNCTIONS = {
+    "sample_sequences": (
+        lambda key: modgrok.sample_sequences(key, TASKS[0], INPUTS[0], batch=4, **SIZES),
+        [(x,) for x in KEYS],
+    ),
+    "answers": (modgrok.answers, [(x,) for x in TOKENS]),
+    "init_params": (lambda key: modgrok.init_params(key, CFG), [(x,) for x in KEYS]),
+    "apply": (lambda p, t: modgrok.apply(p, t, CFG), list(zip(PARAMS, TOKENS, strict=True))),
+    "apply, capture": (capture, list(zip(PARAMS, TOKENS, strict=True))),
+    "answer_loss": (lambda p, t: answer_loss(p, t, CFG), list(zip(PARAMS, TOKENS, strict=True))),
+    "train_step": (train_step, list(zip(PARAMS, TOKENS, strict=True))),
+    "train_chunk": (train_chunk, list(zip(PARAMS, KEYS, strict=True))),
+    "evaluate": (evaluate, list(zip(PARAMS, KEYS, strict=True))),
+    "factor": (modgrok.OptimizerConfig().factor, [(jnp.int32(3),), (jnp.int32(30_000),)]),
+    "ratio_matching": (lambda t: oracles.ratio_matching(t, 5), [(x,) for x in TOKENS]),
+    "bayes": (lambda t: oracles.bayes(t, 5), [(x,) for x in TOKENS]),
+    "predict": (oracles.predict, list(zip(KEYS, PROBS, strict=True))),
+    "expected_accuracy": (
+        oracles.expected_accuracy,
+        [(p, modgrok.answers(t)) for p, t in zip(PROBS, TOKENS, strict=True)],
+    ),
+}
+
+
+def both(arguments):
+    return jax.tree.map(lambda *x: jnp.stack(x), *arguments)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_jit_vmap_scan_and_eval_shape(name):
+    """One after the other, all at once, in a loop, and without running: the same."""
+    function, arguments = FUNCTIONS[name]
+    compiled, before = jit(function), jax.tree.map(jnp.copy, both(arguments))
+    wanted = both([compiled(*args) for args in arguments])
+    mapped = jit(jax.vmap(function))(*both(arguments))
+    assert_trees_close(mapped, wanted, rtol=1e-5, atol=1e-6)
+
+    @jit
+    def looped(arguments):
+        return jax.lax.scan(lambda _, args: (None, function(*args)), None, arguments)[1]
+
+    assert_trees_close(looped(both(arguments)), wanted, rtol=1e-5, atol=1e-6)
+    shapes = jax.eval_shape(function, *arguments[0])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+        lambda x: (x.shape[1:], x.dtype), wanted
+    )
+    assert_trees_equal(both(arguments), before)
+
+
+def test_gradients_flow_through_a_chunk():
+    """Of its last loss, in the weights it began with: against central differences."""
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda w: jnp.array(rng.normal(size=w.shape), w.dtype), PARAMS[0])
+
+    def along(t):
+        params = jax.tree.map(lambda w, d: w + t * d, PARAMS[0], direction)
+        return train_chunk(params, KEYS[0])[1].loss[-1]
+
+    slope, value = jit(jax.grad(along))(0.0), jit(along)
+    assert abs(slope) > 1e-3
+    np.testing.assert_allclose(slope, (value(0.01) - value(-0.01)) / 0.02, rtol=0.03)
+
+
+def test_forward_mode_agrees_with_reverse_mode():
+    def squares(params):
+        return (modgrok.apply(params, TOKENS[0], CFG) ** 2).sum()
+
+    (slope, gradient) = jit(
+        lambda w, d: (jax.jvp(squares, (w,), (d,))[1], jax.grad(squares)(w))
+    )(*PARAMS)  # fmt: skip
+    products = jax.tree.map(lambda g, d: (g * d).sum(), gradient, PARAMS[1])
+    np.testing.assert_allclose(slope, sum(jax.tree.leaves(products)), rtol=1e-4)
+
+
+def strict_programs():
+    """Everything up to the optimiser's own call, whose step count times a float is not strict."""
+    half = modgrok.Config(vocab=5, width=8, heads=2, layers=3, dtype="bfloat16", remat=True)
+    deep = jax.eval_shape(lambda key: modgrok.init_params(key, half), KEYS[0])
+    gradient = jax.grad(lambda p, t: answer_loss(p, t, half)[0])
+    yield gradient, (deep, TOKENS[0])
+    for name, (function, arguments) in FUNCTIONS.items():
+        if name not in ("train_step", "train_chunk"):
+            yield function, arguments[0]
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_strict_promotion(x64):
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"):
+        for function, arguments in strict_programs():
+            # jit of a new function, since traces of the default mode are kept.
+            jax.eval_shape(jax.jit(lambda *args, f=function: f(*args)), *arguments)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_x64_changes_no_type(name):
+    function, arguments = FUNCTIONS[name]
+    wanted = jax.eval_shape(function, *arguments[0])
+    with jax.enable_x64(True):
+        shapes = jax.eval_shape(lambda *args: function(*args), *arguments[0])
+    assert jax.tree.map(lambda x: x.dtype, shapes) == jax.tree.map(lambda x: x.dtype, wanted)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("x64", [False, True])
+def test_state_comes_back_as_it_went_in(name, x64):
+    tx = modgrok.make_optimizer(modgrok.OptimizerConfig(name=name))
+    with jax.enable_x64(x64):
+        before = jax.eval_shape(lambda key: modgrok.init_state(key, CFG, tx, ema=True), KEYS[0])
+        after, _ = jax.eval_shape(
+            functools.partial(modgrok.train_step, cfg=CFG, tx=tx, ema_decay=0.9), before, TOKENS[0]
+        )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), before) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.weak_type), after
+    )
+
+
+def test_x64_changes_no_number():
+    wanted = jit(train_chunk)(PARAMS[0], KEYS[0])
+    with jax.enable_x64(True):
+        found = jit(train_chunk)(PARAMS[0], KEYS[0])
+    assert_trees_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_config_is_static_without_being_declared():
+    run = jit(modgrok.apply)
+    shapes = {layers: run.eval_shape(*deep(layers)).shape for layers in (1, 2)}
+    assert shapes == {1: (4, 2, 5), 2: (4, 2, 5)}
+
+
+def deep(layers):
+    cfg = dataclasses.replace(CFG, layers=layers)
+    return jax.eval_shape(lambda key: modgrok.init_params(key, cfg), KEYS[0]), TOKENS[0], cfg
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_meshes_of_both_kinds(axis_type):
+    """Under an explicit mesh a caller says `auto_axes`."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",), axis_types=(axis_type,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    step = jit(train_step)
+    wanted = step(PARAMS[0], TOKENS[0])
+    params = jax.device_put(PARAMS[0], everywhere)
+    tokens_BT = jax.device_put(TOKENS[0], NamedSharding(mesh, PartitionSpec("data")))
+    if axis_type is AxisType.Explicit:
+        step = jit(jax.sharding.auto_axes(train_step, out_sharding=PartitionSpec()))
+    with jax.set_mesh(mesh):
+        found = step(params, tokens_BT)
+    assert_trees_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_public_names_are_all_there():
+    assert sorted(modgrok.__all__) == list(modgrok.__all__)
+    for name in modgrok.__all__:
+        assert getattr(modgrok, name).__doc__, name
