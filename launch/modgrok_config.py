@@ -42,7 +42,7 @@ class TrainConfig:
     )
     extra_tokens: int = field(0, "unused entries of the vocabulary", unit="tokens", min=0)
 
-    shots: int = field(12, "examples in a sequence", min=2, group="Model")
+    shots: int = field(14, "examples in a sequence", min=2, group="Model")
     width: int = field(128, "channels of the residual stream", min=2)
     heads: int = field(4, "attention heads", min=1)
     layers: int = field(2, "blocks", min=1)
@@ -50,7 +50,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = field("float32", "type of matrix products")
     remat: bool = field(False, "recompute blocks in the backward pass to save memory")
 
-    steps: int = field(1600, "updates", unit="steps", min=1, group="Training")
+    steps: int = field(1200, "updates", unit="steps", min=1, group="Training")
     batch: int = field(252, "sequences of all devices, a multiple of num_tasks", min=1)
     micro_batches: int = field(1, "parts that a batch is cut into to save memory", min=1)
     optimizer: Literal["adamw", "muon"] = field("muon", "update rule; the paper's is adamw")
@@ -58,7 +58,7 @@ class TrainConfig:
     weight_decay: float = field(0.3, "decoupled, times the learning rate", min=0)
     embedding_lr: float = field(2e-3, "muon: AdamW's peak rate for everything else", min=0)
     embedding_decay: float = field(1.0, "muon: decay of the embedding", min=0)
-    warmup_steps: int = field(100, "linear rise of the learning rate", unit="steps", min=0)
+    warmup_steps: int = field(50, "linear rise of the learning rate", unit="steps", min=0)
     schedule_steps: int | None = field(
         None, "where its cosine ends; none: at --steps", unit="steps", min=1
     )
@@ -199,7 +199,7 @@ _PAPER = {
     "log_every": 100,
 }
 PRESETS: dict[str, dict[str, object]] = {
-    "demo": {"target": 0.8},
+    "demo": {"target": 0.78},
     "small": {
         "p": 5,
         "num_tasks": 16,
