@@ -1,0 +1,96 @@
+"""Exporting a run's model: the weights that were tested, under the reference's names."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from asserts import assert_trees_equal
+
+from launch import UsageError, flags, modgrok_config, modgrok_export, modgrok_train
+from launch.checkpoints import Checkpoints
+from launch.modgrok_export import ExportConfig
+from modgrok import interop
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run: its settings, with averaged weights."""
+    workdir = tmp_path_factory.mktemp("run")
+    small = modgrok_config.PRESETS["small"] | {"steps": 4, "warmup_steps": 1, "width": 16}
+    small |= {"eval_every": 2, "checkpoint_every": 2, "log_every": 2, "final_sequences": 2}
+    cfg = modgrok_config.TrainConfig(
+        **small, workdir=str(workdir), figures=False, quiet=True, compilation_cache="", devices=1
+    )
+    assert modgrok_train.train(cfg, resuming=False) in (None, 0)
+    return cfg
+
+
+@pytest.mark.parametrize("which", ["best", "latest"])
+def test_what_is_written_is_what_was_tested(run, which, tmp_path, capsys):
+    output = tmp_path / "model.safetensors"
+    modgrok_export.main(ExportConfig(run.workdir, str(output), which))
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    model, tx = modgrok_config.make_model(run)
+    with Checkpoints(f"{run.workdir}/checkpoints") as checkpoints:
+        like = modgrok_config.abstract_state(run, model, tx)
+        restored = checkpoints.restore(like, which=which)
+    cfg, params = interop.load_reference(output)
+    assert cfg == model
+    assert summary["step"] == restored.step
+    assert summary["averaged"]
+    assert_trees_equal(
+        jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, restored.state[0].ema)
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_settings_are_read_back(run):
+    assert modgrok_export.run_settings(run.workdir) == run
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"workdir": "/nonexistent"}, "--workdir=/nonexistent: expected the folder of a"),
+        ({"output": "model.bin"}, r"--output=model.bin: expected one of .safetensors"),
+        ({"output": "/nonexistent/m.npz"}, "--output=/nonexistent/m.npz: expected a folder"),
+    ],
+)
+def test_wrong_requests(run, changes, words, tmp_path):
+    values = {"workdir": run.workdir, "output": str(tmp_path / "m.npz")} | changes
+    with pytest.raises(ValueError, match=words):
+        ExportConfig(**values).validate()
+
+
+def test_an_existing_file_stays_unless_told(run, tmp_path):
+    output = tmp_path / "m.npz"
+    output.write_text("mine")
+    cfg = ExportConfig(run.workdir, str(output))
+    with pytest.raises(ValueError, match="exists; --overwrite replaces it"):
+        cfg.validate()
+    forced = dataclasses.replace(cfg, overwrite=True)
+    forced.validate()
+    modgrok_export.main(forced)
+    assert interop.load_reference(output)[0].width == 16
+
+
+def test_another_programs_folder_and_an_empty_one_are_refused(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"program": "isvd_link"}')
+    with pytest.raises(UsageError, match="belongs to isvd_link"):
+        modgrok_export.run_settings(str(tmp_path))
+    stored = {"program": "modgrok_train"} | dataclasses.asdict(run)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UsageError, match="holds no best checkpoint yet"):
+        modgrok_export.main(ExportConfig(str(tmp_path), str(tmp_path / "m.npz")))
+
+
+def test_status_2_and_one_sentence_from_the_command_line(capsys):
+    argv = ["modgrok_export", "--workdir=/nonexistent", "--output=m.npz"]
+    with pytest.raises(SystemExit) as stop:
+        flags.run(modgrok_export.main, ExportConfig, argv=argv)
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert len(said.err.splitlines()) == 1
