@@ -19,9 +19,12 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Params = Any
 LN_EPSILON = 1e-5
+_LONG = 64  # tokens; below this, two halves cost more than they save
+_UNROLLED = 4  # blocks; a loop over more of them is worth its copies of carries and weights
 
 
 @jax.tree_util.register_static
@@ -181,29 +184,48 @@ class Block(nn.Module):
             q_BT = _dense(u_query, q_weight)
 
         cos_TK, sin_TK = rotary_tables(length, size)
-        position_T = jnp.arange(length)
-        query_T = at_answers(position_T[None])[0]
+        query_T = np.arange(length)[1::3] if answers_only else np.arange(length)
         q_BHTK = _rotate(
             jnp.moveaxis(q_BT, 2, 1).astype(jnp.float32), cos_TK[query_T], sin_TK[query_T]
         )
         k_BHTK = _rotate(jnp.moveaxis(k_BT, 2, 1).astype(jnp.float32), cos_TK, sin_TK)
-        score_BHTT = jnp.einsum(
-            "bhtk,bhsk->bhts",
-            q_BHTK.astype(dtype),
-            k_BHTK.astype(dtype),
-            preferred_element_type=jnp.float32,
-        )
-        causal_TT = position_T[None] <= query_T[:, None]
-        score_BHTT = jnp.where(causal_TT, score_BHTT / size**0.5, jnp.finfo(jnp.float32).min)
-        attention_BHTT = jax.nn.softmax(score_BHTT, axis=-1)
-        head_BHTK = jnp.einsum(
-            "bhts,bhsk->bhtk", attention_BHTT.astype(dtype), jnp.moveaxis(v_BT, 2, 1)
+        attention_BHTT, head_BHTK = _attend(
+            q_BHTK.astype(dtype), k_BHTK.astype(dtype), jnp.moveaxis(v_BT, 2, 1), query_T
         )
         head_BTHK = jnp.moveaxis(head_BHTK, 1, 2)
         h_BTD = at_answers(h_BTD) + _dense(head_BTHK, out_HKD, 2).astype(jnp.float32)
         hidden_BTF = nn.relu(_dense(norm_2(h_BTD).astype(dtype), fc_DF))
         h_BTD = h_BTD + _dense(hidden_BTF, proj_FD).astype(jnp.float32)
         return h_BTD, (attention_BHTT, head_BTHK, hidden_BTF)
+
+
+def _attend(
+    q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array, query_T: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of queries at positions query_T: the weights, and what they pick.
+
+    A long sequence is done in two halves: the first half of the queries needs no scores with keys
+    after its last one, a quarter of all.
+    """
+    length, scale = k_BHTK.shape[2], k_BHTK.shape[3] ** -0.5
+    halves = np.array_split(np.arange(len(query_T)), 2 if length >= _LONG else 1)
+    attention, picked = [], []
+    for half in halves:
+        rows, stop = slice(half[0], half[-1] + 1), query_T[half[-1]] + 1
+        score_BHTT = scale * jnp.einsum(
+            "bhtk,bhsk->bhts",
+            q_BHTK[:, :, rows],
+            k_BHTK[:, :, :stop],
+            preferred_element_type=jnp.float32,
+        )
+        causal_TT = np.arange(stop) <= query_T[rows, None]
+        score_BHTT = jnp.where(causal_TT, score_BHTT, jnp.finfo(jnp.float32).min)
+        weight_BHTT = jax.nn.softmax(score_BHTT, axis=-1)
+        picked.append(
+            jnp.einsum("bhts,bhsk->bhtk", weight_BHTT.astype(v_BHTK.dtype), v_BHTK[:, :, :stop])
+        )
+        attention.append(jnp.pad(weight_BHTT, [(0, 0)] * 3 + [(0, length - stop)]))
+    return jnp.concatenate(attention, axis=2), jnp.concatenate(picked, axis=2)
 
 
 def _normal(std: float) -> nn.initializers.Initializer:
@@ -217,8 +239,8 @@ def _layer_norm(name: str | None = None) -> nn.LayerNorm:
 class Transformer(nn.Module):
     """Token ids to logits. Parameters of the blocks are stacked on a leading layer axis.
 
-    The first and the last block are special (see the module docstring); the ones between are
-    scanned, so compile time does not grow with depth.
+    The first and the last block are special (see the module docstring). Those between are
+    scanned if there are more than a few, so compile time does not grow with depth.
 
     Source: He et al. (2024), appendix A, and its code: initial scales as there.
     """
@@ -273,7 +295,8 @@ class Transformer(nn.Module):
                     h_BTD, seen = run(block, weights, h_BTD, None, False)
                     return h_BTD, (*seen, h_BTD) if capture else None
 
-                h_BTD, seen = jax.lax.scan(body, h_BTD, part)
+                unroll = last - first <= _UNROLLED
+                h_BTD, seen = jax.lax.scan(body, h_BTD, part, unroll=unroll)
             captured.append(seen)
         h_BTD = _layer_norm("ln_f")(h_BTD)
         dtype = jnp.dtype(cfg.dtype)

@@ -190,3 +190,8 @@ def test_400_queued_steps_on_8_devices_do_not_hang():
         [sys.executable, "-c", program], timeout=150, capture_output=True, text=True
     )
     assert done.stdout.split() == ["jit", "400", "pmap", "400", "shard_map", "400"], done.stderr
+
+
+def test_one_process_is_alone_and_first():
+    assert parallel.is_alone()
+    assert parallel.is_first()

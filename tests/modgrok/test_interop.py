@@ -38,14 +38,20 @@ def path_with(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [SIZES, {**SIZES, "layers": 1, "heads": 2, "mlp_ratio": 3}, {**SIZES, "layers": 4}],
-    ids=lambda sizes: f"L{sizes['layers']}H{sizes['heads']}",
+    ("sizes", "length"),
+    [
+        (SIZES, 15),
+        (SIZES, 69),  # attention in two halves
+        ({**SIZES, "layers": 1, "heads": 2, "mlp_ratio": 3}, 15),
+        ({**SIZES, "layers": 4}, 15),
+        ({**SIZES, "layers": 7}, 15),  # a loop over blocks
+    ],
+    ids=lambda x: f"L{x['layers']}H{x['heads']}" if isinstance(x, dict) else f"T{x}",
 )
-def test_forward_pass_agrees_with_independent_numpy(sizes):
+def test_forward_pass_agrees_with_independent_numpy(sizes, length):
     arrays = reference_forward.random_state_dict(1, **sizes)
     cfg, params = interop.from_state_dict(arrays)
-    tokens_BT = np.random.default_rng(2).integers(0, sizes["vocab"], (3, 15))
+    tokens_BT = np.random.default_rng(2).integers(0, sizes["vocab"], (3, length))
     wanted_BTV = reference_forward.forward(arrays, tokens_BT[:, :-1])
     scale = np.abs(wanted_BTV).max()
     for positions, at in (("all", slice(None)), ("answers", slice(1, None, 3))):

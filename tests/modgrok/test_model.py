@@ -36,7 +36,7 @@ def random_params(cfg, seed=0):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("layers", [1, 2, 3, 7])
 def test_answers_alone_equal_all_positions(layers):
     """Logits, and gradients of every parameter for a random cotangent of the answers."""
     cfg = dataclasses.replace(CFG, layers=layers)
@@ -134,10 +134,12 @@ def test_last_token_is_not_read():
     assert (logits_of(params, changed_BT, cfg=CFG)[:, -1] != before[:, -1]).any()
 
 
-def test_captured_activations_rebuild_the_network():
-    cfg = dataclasses.replace(CFG, layers=4)
+@pytest.mark.parametrize(("layers", "length"), [(4, 12), (7, 6), (2, 69)])
+def test_captured_activations_rebuild_the_network(layers, length):
+    cfg = dataclasses.replace(CFG, layers=layers)
     params = random_params(cfg)
-    logits_BTV, seen = logits_of(params, TOKENS_BT, cfg=cfg, positions="all", capture=True)
+    tokens_BT = np.random.default_rng(0).integers(0, 12, (2, length)).astype(np.int32)
+    logits_BTV, seen = logits_of(params, tokens_BT, cfg=cfg, positions="all", capture=True)
     params, seen = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, seen))
     blocks = params["blocks"]
 
@@ -148,7 +150,7 @@ def test_captured_activations_rebuild_the_network():
     np.testing.assert_allclose(seen.attention_LBHTT.sum(-1), 1, atol=1e-6)
     assert (seen.attention_LBHTT == np.tril(seen.attention_LBHTT)).all()
     assert (seen.attention_LBHTT[..., 1:, 0] < 1).all()
-    h_BTD = params["embedding"][TOKENS_BT[:, :-1]]
+    h_BTD = params["embedding"][tokens_BT[:, :-1]]
     np.testing.assert_array_equal(seen.embedding_BTD, h_BTD)
     for layer in range(cfg.layers):
         block = jax.tree.map(lambda w: w[layer], blocks)  # noqa: B023
@@ -162,7 +164,7 @@ def test_captured_activations_rebuild_the_network():
         close(seen.residual_LBTD[layer], h_BTD)
         h_BTD = seen.residual_LBTD[layer]
     close(logits_BTV, norm("ln_f", params, h_BTD) @ params["embedding"].T)
-    plain_BTV = logits_of(params, TOKENS_BT, cfg=cfg, positions="all")
+    plain_BTV = logits_of(params, tokens_BT, cfg=cfg, positions="all")
     np.testing.assert_allclose(logits_BTV, plain_BTV, rtol=1e-5, atol=1e-5)
 
 

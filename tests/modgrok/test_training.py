@@ -415,7 +415,7 @@ def test_eight_devices_equal_one(mode, options):
 
 
 def test_eight_devices_with_scanned_blocks():
-    cfg = Config(vocab=6, width=8, heads=2, layers=4)
+    cfg = Config(vocab=6, width=8, heads=2, layers=7)
     state, tokens_BT = start(SGD, cfg=cfg), batch_at(0)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     step = functools.partial(train_step, cfg=cfg, tx=SGD)
