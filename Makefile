@@ -9,11 +9,14 @@ STAMP := $(VENV)/installed
 demo: $(STAMP)
 	$(BIN)/python -m launch.modgrok_train --preset=demo $(ARGS)
 
+# A file of tests goes to one process: its fixtures hold finished runs.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,8 +4,10 @@
 
 A step is everything that training does: draw a batch, forward, backward, AdamW, metrics. We also
 report the gradient's norm, the peer does not. All of it in float32. Each repetition runs the same
-number of steps (column `chunk`): ours in one program, the peer's in a Python loop. On a machine
-that others use set OMP_WAIT_POLICY=passive, or PyTorch's threads wait for each other by spinning.
+number of steps (column `chunk`): ours in one program, the peer's in a Python loop. Each
+implementation has a process of its own, asleep until its turn, because in one process two
+libraries' threads and allocators slow each other. On a machine that others use set
+OMP_WAIT_POLICY=passive, or PyTorch's threads wait for each other by spinning.
 
 Flops are 2 for each multiply-add of the model's matrix products, three times the forward pass for
 a step. They are counted in two ways, both with causal pairs only in the attention:
@@ -25,13 +27,16 @@ process's, libraries included; a cold one's is often the compiler's.
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,6 +179,36 @@ def _build_ours(size: Size) -> Run:
     return run
 
 
+@contextmanager
+def in_own_process(implementation: str, size: Size) -> Iterator[Run]:
+    """What `build` returns, in a process that lives until the end of the block."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, implementation, size))
+    process.start()
+    there.close()  # so that a child that dies ends our wait
+
+    def run(num_steps: int) -> np.ndarray:
+        here.send(num_steps)
+        return here.recv()
+
+    try:
+        yield run
+    finally:
+        here.close()
+        process.join()
+
+
+def _serve(connection: Connection, implementation: str, size: Size) -> None:
+    run = build(implementation, size)
+    while True:
+        try:
+            num_steps = connection.recv()
+        except EOFError:
+            return
+        connection.send(run(num_steps))
+
+
 def matmuls(n: int, *, torch_too: bool) -> dict[str, Callable[[], Any]]:
     """The yardstick: one product of n x n float32 matrices by each library."""
     import jax
@@ -193,10 +228,11 @@ def measure_speed(
     name: str, size: Size, peers: Sequence[str], *, repetitions: int, matmul_size: int
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows of the speed table for one size, and the Gflop/s of the plain products."""
-    runs = {implementation: build(implementation, size) for implementation in (OURS, *peers)}
-    calls = {key: lambda run=run: run(size.chunk) for key, run in runs.items()}
-    calls |= matmuls(matmul_size, torch_too=bool(peers))
-    times = timing.interleave(calls, repetitions=repetitions)
+    with ExitStack() as stack:
+        runs = {key: stack.enter_context(in_own_process(key, size)) for key in (OURS, *peers)}
+        calls = {key: lambda run=run: run(size.chunk) for key, run in runs.items()}
+        calls |= matmuls(matmul_size, torch_too=bool(peers))
+        times = timing.interleave(calls, repetitions=repetitions)
     rates = {
         key: 2e-9 * matmul_size**3 / timer.median for key, timer in times.items() if key not in runs
     }

@@ -24,6 +24,7 @@ class ExportConfig:
     output: str = field("", "file to write: .safetensors, .npz, .pt or .pth")
     which: Literal["best", "latest"] = field("best", "checkpoint to take")
     overwrite: bool = field(False, "replace the file if it exists")
+    quiet: bool = field(False, "nothing on stderr")
 
     def validate(self) -> None:
         if not (Path(self.workdir) / rundir.CONFIG).is_file():
@@ -77,7 +78,8 @@ def main(cfg: ExportConfig) -> None:
         raise UsageError(f"--output={cfg.output}: {error}") from error
     finally:
         part.unlink(missing_ok=True)
-    print(f"wrote {output}, the {cfg.which} checkpoint, step {restored.step}", file=sys.stderr)
+    if not cfg.quiet:
+        print(f"wrote {output}, the {cfg.which} checkpoint, step {restored.step}", file=sys.stderr)
     rundir.summary_line(
         {
             "program": PROGRAM,

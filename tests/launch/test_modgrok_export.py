@@ -76,6 +76,14 @@ def test_an_existing_file_stays_unless_told(run, tmp_path):
     assert interop.load_reference(output)[0].width == 16
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_leaves_only_the_result(run, tmp_path, capsys, quiet):
+    modgrok_export.main(ExportConfig(run.workdir, str(tmp_path / "m.npz"), quiet=quiet))
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 1
+    assert ("wrote" in said.err) != quiet
+
+
 def test_another_programs_folder_and_an_empty_one_are_refused(run, tmp_path):
     (tmp_path / "config.json").write_text('{"program": "isvd_link"}')
     with pytest.raises(UsageError, match="belongs to isvd_link"):
