@@ -68,9 +68,9 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "p13-d64": Size(13, 64, layers=2, batch=128, shots=8, tasks=64, chunk=100),
-    "p29-d128": Size(29, 128, layers=2, batch=64, shots=32, tasks=64, chunk=20),
-    "p29-d512": Size(29, 512, layers=4, batch=32, shots=32, tasks=32, chunk=4),
+    "p13-d64": Size(13, 64, layers=2, batch=128, shots=8, tasks=64, chunk=50),
+    "p29-d128": Size(29, 128, layers=2, batch=64, shots=32, tasks=64, chunk=10),
+    "p29-d512": Size(29, 512, layers=4, batch=32, shots=32, tasks=32, chunk=2),
 }
 
 SPEED_COLUMNS = {
@@ -313,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--repetitions", type=int, default=5, help="of each; default 5")
+    parser.add_argument("--parts", nargs="+", choices=("speed", "start"), default=("speed", "start"))
     parser.add_argument("--json", metavar="FILE", help="also write all numbers there")
     parser.add_argument(
         "--quick", action="store_true", help="see that it runs: 2 repetitions of 2 steps"
@@ -338,17 +339,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = timing.machine("jax", "jaxlib", "numpy", *(["torch"] if peers else []))
     print(f"{machine}\n{repetitions} repetitions, medians, heads {HEADS}, float32")
     speed, start, rates = [], [], {}
-    for name, size in sizes.items():
+    for name, size in sizes.items() if "speed" in args.parts else ():
         print(f"{name}: {size._asdict()}, vocab {size.vocab}", flush=True)
         rows, rates[name] = measure_speed(
             name, size, peers, repetitions=repetitions, matmul_size=matmul_size
         )
         speed += rows
         print(", ".join(f"{key} {rate:.4g} Gflop/s" for key, rate in rates[name].items()))
-    print(timing.table(speed, SPEED_COLUMNS), flush=True)
-    for name, size in sizes.items():
+    if speed:
+        print(timing.table(speed, SPEED_COLUMNS), flush=True)
+    for name, size in sizes.items() if "start" in args.parts else ():
         start += [measure_start(name, implementation, size) for implementation in (OURS, *peers)]
-    print(timing.table(start, START_COLUMNS))
+    if start:
+        print(timing.table(start, START_COLUMNS))
     if args.json:
         record = {
             "machine": machine,

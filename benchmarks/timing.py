@@ -36,9 +36,11 @@ def interleave(
 ) -> dict[str, Timing]:
     """Times each candidate `repetitions` times, in turns, after one call that is not counted.
 
-    A call counts until JAX arrays that it returns are ready. Before each one the machine rests
-    for `pause` seconds, because idle OpenMP threads spin for a while on the cores of the next
-    candidate. Each round starts with another candidate.
+    A turn is two calls, and the second one counts: while the others ran, caches were emptied and,
+    on machines that reclaim idle memory, pages taken away. A call ends when the JAX arrays that it
+    returns are ready. Before each one the machine rests for `pause` seconds, because idle OpenMP
+    threads spin for a while on the cores of the next candidate. Each round starts with another
+    candidate.
     """
     if repetitions < 1:
         raise ValueError(f"repetitions={repetitions} must be at least 1")
@@ -48,6 +50,7 @@ def interleave(
     for round_ in range(repetitions):
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
+            _seconds(candidates[name], pause)
             seconds[name].append(_seconds(candidates[name], pause))
     return {name: Timing(first[name], tuple(seconds[name])) for name in names}
 
