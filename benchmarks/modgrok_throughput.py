@@ -313,7 +313,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--repetitions", type=int, default=5, help="of each; default 5")
-    parser.add_argument("--parts", nargs="+", choices=("speed", "start"), default=("speed", "start"))
+    parser.add_argument(
+        "--parts", nargs="+", choices=("speed", "start"), default=("speed", "start")
+    )
     parser.add_argument("--json", metavar="FILE", help="also write all numbers there")
     parser.add_argument(
         "--quick", action="store_true", help="see that it runs: 2 repetitions of 2 steps"

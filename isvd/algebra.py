@@ -1,0 +1,165 @@
+"""Operators made of operators: sums of powers, blocks, selections, centring.
+
+Axes: M rows, N columns, C columns of a block, Q coefficients, I selected.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from isvd.operators import (
+    LinearOperator,
+    Product,
+    _Static,
+    add,
+    check_square,
+    compose,
+    diagonal,
+    low_rank,
+)
+
+
+def polynomial(a: LinearOperator, coef_Q: Any) -> LinearOperator:
+    """sum_q coef[q] A^q, q = 0, 1, ..., Q - 1, in one pass of Q - 1 products (Horner).
+
+    One block is alive besides the input, whatever the degree, and the loop is compiled once.
+    """
+    check_square("polynomial", a)
+    coef_Q = jnp.asarray(coef_Q)
+    if coef_Q.ndim != 1 or not coef_Q.size:
+        raise ValueError(f"coef_Q has shape {coef_Q.shape}, expected one axis, not empty")
+    dtype = jnp.result_type(a.dtype, coef_Q)
+    return LinearOperator(
+        Partial(_horner, coef_Q, _Static(dtype), a.matmat),
+        Partial(_horner, coef_Q.conj(), _Static(dtype), a.rmatmat),
+        a.shape,
+        dtype,
+    )
+
+
+def _horner(coef_Q: jax.Array, dtype: _Static, product: Product, x_NC: jax.Array) -> jax.Array:
+    x_NC = x_NC.astype(jnp.result_type(dtype.value, x_NC))
+    coef_Q = coef_Q.astype(x_NC.dtype)
+
+    def step(y_NC, coef):
+        return product(y_NC) + coef * x_NC, None
+
+    return jax.lax.scan(step, coef_Q[-1] * x_NC, coef_Q[:-1], reverse=True)[0]
+
+
+def windowed_sum(a: LinearOperator, weight_Q: Any) -> LinearOperator:
+    """sum_q weight[q - 1] A^q, q = 1, ..., Q: walks of up to Q steps, in Q products."""
+    return compose(a, polynomial(a, weight_Q))
+
+
+def geometric_sum(a: LinearOperator, ratio: Any, num_terms: int) -> LinearOperator:
+    """sum_q ratio^q A^q, q = 0, ..., num_terms - 1."""
+    if num_terms < 1:
+        raise ValueError(f"num_terms={num_terms} must be at least 1")
+    ratio = jnp.asarray(ratio, jnp.result_type(a.dtype, ratio))
+    return polynomial(a, ratio ** jnp.arange(num_terms, dtype=jnp.int32))
+
+
+def hstack(operators: Sequence[LinearOperator]) -> LinearOperator:
+    """[A B ...], side by side."""
+    operators = tuple(operators)
+    rows = {a.shape[0] for a in operators}
+    if len(rows) != 1:
+        shapes = ", ".join(str(a.shape) for a in operators)
+        raise ValueError(f"hstack: expected operators with as many rows each, got shapes {shapes}")
+    stops = tuple(np.cumsum([a.shape[1] for a in operators]).tolist())
+    return LinearOperator(
+        Partial(_split_sum, _Static(stops), tuple(a.matmat for a in operators)),
+        Partial(_stacked, tuple(a.rmatmat for a in operators)),
+        (rows.pop(), stops[-1]),
+        jnp.result_type(*(a.dtype for a in operators)),
+    )
+
+
+def _split_sum(stops: _Static, products: tuple[Product, ...], x_NC: jax.Array) -> jax.Array:
+    parts = jnp.split(x_NC, stops.value[:-1])
+    return sum(product(part) for product, part in zip(products, parts, strict=True))
+
+
+def _stacked(products: tuple[Product, ...], y_MC: jax.Array) -> jax.Array:
+    return jnp.concatenate([product(y_MC) for product in products])
+
+
+def vstack(operators: Sequence[LinearOperator]) -> LinearOperator:
+    """Operators on top of each other."""
+    columns = {a.shape[1] for a in operators}
+    if len(columns) != 1:
+        shapes = ", ".join(str(a.shape) for a in operators)
+        raise ValueError(
+            f"vstack: expected operators with as many columns each, got shapes {shapes}"
+        )
+    return hstack([a.H for a in operators]).H
+
+
+def take_rows(a: LinearOperator, index_I: Any) -> LinearOperator:
+    """A[index, :]; rows may be repeated.
+
+    Raises:
+        ValueError: if `index_I` is not a list of integers from 0 to M - 1 (where it is traced, its
+            values cannot be looked at; those outside then select nothing).
+    """
+    if not isinstance(index_I, jax.Array):
+        index_I = np.asarray(index_I)
+    if index_I.ndim != 1 or not jnp.issubdtype(index_I.dtype, jnp.integer) or not index_I.size:
+        raise ValueError(
+            f"index_I has shape {index_I.shape} and dtype {index_I.dtype}, expected integers on "
+            "one axis, not empty (np.flatnonzero turns a mask into them)"
+        )
+    if not isinstance(index_I, jax.core.Tracer):
+        low, high = int(index_I.min()), int(index_I.max())
+        if low < 0 or high >= a.shape[0]:
+            bad = low if low < 0 else high
+            raise ValueError(f"index_I has {bad}, expected 0 to {a.shape[0] - 1}")
+    index_I = jnp.asarray(index_I)
+    return LinearOperator(
+        Partial(_gathered, index_I, a.matmat),
+        Partial(_scattered, index_I, _Static(a.shape[0]), a.rmatmat),
+        (index_I.shape[0], a.shape[1]),
+        a.dtype,
+    )
+
+
+def _gathered(index_I: jax.Array, product: Product, x_NC: jax.Array) -> jax.Array:
+    return product(x_NC).at[index_I].get(mode="fill", fill_value=0)
+
+
+def _scattered(index_I: jax.Array, rows: _Static, product: Product, y_IC: jax.Array) -> jax.Array:
+    y_MC = jnp.zeros_like(y_IC, shape=(rows.value, y_IC.shape[1]))
+    return product(y_MC.at[index_I].add(y_IC, mode="drop"))
+
+
+def take_columns(a: LinearOperator, index_I: Any) -> LinearOperator:
+    """A[:, index]; columns may be repeated."""
+    return take_rows(a.H, index_I).H
+
+
+def centered(
+    a: LinearOperator, mean_N: Any | None = None, scale_N: Any | None = None
+) -> LinearOperator:
+    """(A - 1 mean^T) / scale: columns centred, and scaled where `scale_N` is given.
+
+    What is sparse stays sparse: the mean is subtracted as an operator of rank one.
+
+    Args:
+        mean_N: by default the mean of each column, by one product.
+        scale_N: divisor of each column, such as its standard deviation.
+    """
+    num_rows, num_columns = a.shape
+    one_M1 = jnp.ones((num_rows, 1), a.dtype)
+    if mean_N is None:
+        mean_N = a.rmatmat(one_M1)[:, 0].conj() / num_rows
+    for name, given in (("mean_N", mean_N), ("scale_N", scale_N)):
+        if given is not None and np.shape(given) != (num_columns,):
+            raise ValueError(f"{name} has shape {np.shape(given)}, expected ({num_columns},)")
+    mean_N = jnp.asarray(mean_N)
+    result = add(a, -low_rank(one_M1, mean_N[:, None].conj()))
+    return result if scale_N is None else compose(result, diagonal(1 / jnp.asarray(scale_N)))

@@ -1,0 +1,442 @@
+"""Linear operators: matrices that are known by their products and never formed.
+
+An operator is a pytree of two closures on blocks of columns,
+
+    matmat   x_NC -> A x   (M, C)            rmatmat   y_MC -> A^H y   (N, C),
+
+with a static shape and dtype. Closures made here are `jax.tree_util.Partial`s over functions of
+this module: the arrays in them are arguments under jit, grad, vmap and shard_map, and operators of
+one kind and size share one compiled program.
+
+`from_matmat` takes any function of a user; `dense`, `diagonal`, `low_rank`, `ones`, `identity` are
+leaves; `+ - * / @ **`, `.T` and `.H` combine operators, and `isvd.algebra` has the other ways.
+
+Axes: M rows, N columns, C columns of a block, K rank.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+Product = Callable[[jax.Array], jax.Array]
+Scalar = complex | float | int | np.generic | jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["matmat", "rmatmat"],
+    meta_fields=["shape", "dtype"],
+)
+@dataclasses.dataclass(frozen=True)
+class LinearOperator:
+    """A matrix A of shape (M, N), by its products.
+
+    Attributes:
+        matmat: x_NC -> A x.   rmatmat: y_MC -> A^H y. Both take blocks and check nothing;
+            `A @ x` takes a vector or a block and checks its shape.
+        shape: (M, N).
+        dtype: type of the entries. Products promote it with the type of the block.
+    """
+
+    matmat: Product
+    rmatmat: Product
+    shape: tuple[int, int]
+    dtype: np.dtype
+
+    __array_ufunc__ = None  # so that numpy leaves `array @ A` and `scalar * A` to us
+
+    @property
+    def H(self) -> "LinearOperator":
+        """The adjoint, conjugated and transposed."""
+        return LinearOperator(self.rmatmat, self.matmat, self.shape[::-1], self.dtype)
+
+    @property
+    def T(self) -> "LinearOperator":
+        """The transpose, without conjugation."""
+        return self.H if self.dtype.kind != "c" else conjugate(self.H)
+
+    def __matmul__(self, x: Any) -> Any:
+        if isinstance(x, LinearOperator):
+            return compose(self, x)
+        x = jnp.asarray(x)
+        if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
+            hint = "; did you mean A.T @ x?" if x.shape[:1] == self.shape[:1] else ""
+            raise ValueError(
+                f"A @ x: A has shape {self.shape} and x {x.shape}, expected "
+                f"({self.shape[1]},) or ({self.shape[1]}, columns){hint}"
+            )
+        return self.matmat(x) if x.ndim == 2 else self.matmat(x[:, None])[:, 0]
+
+    def __rmatmul__(self, x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        if x.ndim not in (1, 2) or x.shape[-1] != self.shape[0]:
+            raise ValueError(
+                f"x @ A: A has shape {self.shape} and x {x.shape}, expected "
+                f"({self.shape[0]},) or (rows, {self.shape[0]})"
+            )
+        return (self.T @ x.T).T
+
+    def __add__(self, other: "LinearOperator") -> "LinearOperator":
+        return add(self, other) if isinstance(other, LinearOperator) else NotImplemented
+
+    def __sub__(self, other: "LinearOperator") -> "LinearOperator":
+        return add(self, -other) if isinstance(other, LinearOperator) else NotImplemented
+
+    def __neg__(self) -> "LinearOperator":
+        return scale(-1, self)
+
+    def __mul__(self, factor: Scalar) -> "LinearOperator":
+        return NotImplemented if isinstance(factor, LinearOperator) else scale(factor, self)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Scalar) -> "LinearOperator":
+        return NotImplemented if isinstance(divisor, LinearOperator) else scale(1 / divisor, self)
+
+    def __pow__(self, exponent: int) -> "LinearOperator":
+        return power(self, exponent)
+
+    def to_dense(self) -> jax.Array:
+        """The matrix a_MN, from min(M, N) columns of products: for tests and small cases."""
+        rows, columns = self.shape
+        if rows < columns:
+            return self.H.to_dense().conj().T
+        return self.matmat(jnp.eye(columns, dtype=self.dtype))
+
+
+# From functions ----------------------------------------------------------------------------------
+
+
+def from_matmat(
+    matmat: Product,
+    shape: tuple[int, int],
+    dtype: Any = jnp.float32,
+    *,
+    rmatmat: Product | None = None,
+    block: bool | None = None,
+) -> LinearOperator:
+    """An operator from a user's product.
+
+    Args:
+        matmat: x -> A x, a linear function of one vector (N,) or of a block of columns (N, C);
+            a lambda, a `Partial`, a bound method. Arrays in a `Partial` are arguments under jit
+            and grad; what a lambda closes over is a constant of the program.
+        shape: (M, N).   dtype: of the entries.
+        rmatmat: y -> A^H y, of a vector or a block. By default JAX derives it from `matmat` by
+            `jax.linear_transpose`; write it where that is slow. `verify` tells if it is right.
+        block: whether the functions take blocks. By default they are called with vectors, and
+            mapped over columns, if they take one, and with blocks otherwise. This is the safe
+            order: what sorts, shifts or transforms a vector may do another thing to a block.
+    Raises:
+        ValueError: if neither form gives a result of the right shape.
+    """
+    rows, columns = shape = _checked_shape(shape)
+    dtype = jnp.dtype(dtype)
+    forward = _on_blocks("matmat", matmat, columns, rows, dtype, block)
+    if rmatmat is None:
+        backward = Partial(_derived_adjoint, forward, _Static((columns, dtype)))
+    else:
+        backward = _on_blocks("rmatmat", rmatmat, rows, columns, dtype, block)
+    return LinearOperator(forward, backward, shape, dtype)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A value in a Partial that decides the program."""
+
+    value: Any
+
+
+def _on_blocks(
+    name: str, fn: Product, size_in: int, size_out: int, dtype: np.dtype, block: bool | None
+) -> Product:
+    fn = fn if isinstance(fn, Partial) else Partial(fn)
+    forms = {"a vector": Partial(_by_columns, fn), "a block": fn}
+    if block is not None:
+        forms = {"a block": fn} if block else {"a vector": forms["a vector"]}
+    wrong = []
+    for form, product in forms.items():
+        # Three columns, or four: not the size of a vector, so that no broadcast looks right.
+        given = jax.ShapeDtypeStruct((size_in, 3 + (size_in == 3)), dtype)
+        try:
+            got = jax.eval_shape(product, given).shape
+        except Exception as error:  # whatever a user's function raises at shapes it is not for
+            reason = " ".join(str(error).split())[:200]
+            wrong.append(f"with {form} it raises {type(error).__name__}: {reason}")
+            continue
+        if got == (size_out, given.shape[1]):
+            return product
+        got = got[:-1] if form == "a vector" else got
+        wrong.append(f"with {form} of {size_in} it gives shape {got}")
+    raise ValueError(
+        f"{name}: expected a function from ({size_in},) to ({size_out},), or from "
+        f"({size_in}, C) to ({size_out}, C); {'; '.join(wrong)}"
+    )
+
+
+def _by_columns(fn: Product, x_NC: jax.Array) -> jax.Array:
+    return jax.vmap(fn, in_axes=1, out_axes=-1)(x_NC)
+
+
+def _derived_adjoint(matmat: Product, static: _Static, y_MC: jax.Array) -> jax.Array:
+    columns, dtype = static.value
+    y_MC = y_MC.conj().astype(jnp.result_type(dtype, y_MC))
+    # Made from y, so that inside shard_map its type says that it varies as y does.
+    x_NC = jax.typeof(jnp.zeros_like(y_MC, shape=(columns, y_MC.shape[1])))
+    (x_NC,) = jax.linear_transpose(matmat, x_NC)(y_MC)
+    return x_NC.conj()
+
+
+def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    sizes = tuple(map(int, shape))
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"shape={shape}: expected (rows, columns), each at least 1")
+    return sizes
+
+
+# Leaves ------------------------------------------------------------------------------------------
+
+
+def dense(a_MN: Any) -> LinearOperator:
+    """The operator of a matrix in memory. Products are in full precision on every device."""
+    a_MN = jnp.asarray(a_MN)
+    if a_MN.ndim != 2:
+        raise ValueError(f"a_MN has shape {a_MN.shape}, expected two axes")
+    return LinearOperator(
+        Partial(_dense, a_MN), Partial(_dense_adjoint, a_MN), a_MN.shape, a_MN.dtype
+    )
+
+
+def _dense(a_MN: jax.Array, x_NC: jax.Array) -> jax.Array:
+    return jnp.matmul(a_MN, x_NC, precision="highest")
+
+
+def _dense_adjoint(a_MN: jax.Array, y_MC: jax.Array) -> jax.Array:
+    return jnp.matmul(a_MN.conj().T, y_MC, precision="highest")
+
+
+def diagonal(d_N: Any) -> LinearOperator:
+    """diag(d)."""
+    d_N = jnp.asarray(d_N)
+    if d_N.ndim != 1:
+        raise ValueError(f"d_N has shape {d_N.shape}, expected one axis")
+    return LinearOperator(
+        Partial(_diagonal, d_N), Partial(_diagonal, d_N.conj()), d_N.shape * 2, d_N.dtype
+    )
+
+
+def _diagonal(d_N: jax.Array, x_NC: jax.Array) -> jax.Array:
+    return d_N[:, None] * x_NC
+
+
+def low_rank(u_MK: Any, v_NK: Any) -> LinearOperator:
+    """u v^H, by 2 K multiply-adds for each row and column."""
+    u_MK, v_NK = jnp.asarray(u_MK), jnp.asarray(v_NK)
+    if u_MK.ndim != 2 or v_NK.ndim != 2 or u_MK.shape[1] != v_NK.shape[1]:
+        raise ValueError(
+            f"u_MK has shape {u_MK.shape} and v_NK {v_NK.shape}, expected (M, K) and (N, K)"
+        )
+    return compose(dense(u_MK), dense(v_NK).H)
+
+
+def ones(num_rows: int, num_columns: int, dtype: Any = jnp.float32) -> LinearOperator:
+    """The matrix of ones, 1 1^T; `c * ones(M, N)` is any other constant."""
+    shape = _checked_shape((num_rows, num_columns))
+    return LinearOperator(
+        Partial(_ones, _Static(shape[0])), Partial(_ones, _Static(shape[1])), shape, dtype_of(dtype)
+    )
+
+
+def _ones(rows: _Static, x_NC: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(x_NC.sum(0), (rows.value, x_NC.shape[1]))
+
+
+def identity(size: int, dtype: Any = jnp.float32) -> LinearOperator:
+    """The identity."""
+    same = Partial(_same)
+    return LinearOperator(same, same, _checked_shape((size, size)), dtype_of(dtype))
+
+
+def _same(x_NC: jax.Array) -> jax.Array:
+    return x_NC
+
+
+def dtype_of(dtype: Any) -> np.dtype:
+    """The dtype that JAX gives to `dtype`: float32 for float64 unless x64 is on."""
+    return jnp.zeros((), dtype).dtype
+
+
+# What the signs of LinearOperator mean -----------------------------------------------------------
+
+
+def compose(*operators: LinearOperator) -> LinearOperator:
+    """A B ..., applied from the right."""
+    for a, b in pairwise(operators):
+        if a.shape[1] != b.shape[0]:
+            fits = a.shape[1] == b.shape[1]
+            hint = "; did you mean A @ B.T?" if fits else ""
+            raise ValueError(f"A @ B: shapes {a.shape} and {b.shape} have other inner sizes{hint}")
+    return LinearOperator(
+        Partial(_chain, tuple(a.matmat for a in reversed(operators))),
+        Partial(_chain, tuple(a.rmatmat for a in operators)),
+        (operators[0].shape[0], operators[-1].shape[1]),
+        jnp.result_type(*(a.dtype for a in operators)),
+    )
+
+
+def _chain(products: tuple[Product, ...], x: jax.Array) -> jax.Array:
+    for product in products:
+        x = product(x)
+    return x
+
+
+def add(*operators: LinearOperator) -> LinearOperator:
+    """A + B + ..., of one shape."""
+    for other in operators[1:]:
+        if other.shape != operators[0].shape:
+            fits = other.shape == operators[0].shape[::-1]
+            hint = "; did you mean B.T?" if fits else ""
+            raise ValueError(f"A + B: shapes {operators[0].shape} and {other.shape} differ{hint}")
+    return LinearOperator(
+        Partial(_total, tuple(a.matmat for a in operators)),
+        Partial(_total, tuple(a.rmatmat for a in operators)),
+        operators[0].shape,
+        jnp.result_type(*(a.dtype for a in operators)),
+    )
+
+
+def _total(products: tuple[Product, ...], x_NC: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.add, (product(x_NC) for product in products))
+
+
+def scale(factor: Scalar, a: LinearOperator) -> LinearOperator:
+    """c A, for a number or an array without axes (which may be traced, and differentiated)."""
+    if np.ndim(factor):
+        raise ValueError(
+            f"c * A: c has shape {np.shape(factor)}, expected a number; for one factor a row or "
+            "column there is diagonal(d) @ A and A @ diagonal(d)"
+        )
+    dtype = jnp.result_type(a.dtype, factor)
+    factor = jnp.asarray(factor, jnp.result_type(factor) if jnp.iscomplexobj(factor) else dtype)
+    return LinearOperator(
+        Partial(_scaled, factor, a.matmat),
+        Partial(_scaled, factor.conj(), a.rmatmat),
+        a.shape,
+        dtype,
+    )
+
+
+def _scaled(factor: jax.Array, product: Product, x: jax.Array) -> jax.Array:
+    return factor * product(x)
+
+
+def conjugate(a: LinearOperator) -> LinearOperator:
+    """The complex conjugate of every entry."""
+    return LinearOperator(
+        Partial(_conjugated, a.matmat), Partial(_conjugated, a.rmatmat), a.shape, a.dtype
+    )
+
+
+def _conjugated(product: Product, x: jax.Array) -> jax.Array:
+    return product(x.conj()).conj()
+
+
+def power(a: LinearOperator, exponent: int) -> LinearOperator:
+    """A^n for a square A and n >= 0: n products in a loop, of which one is compiled."""
+    check_square("A ** n", a)
+    if not isinstance(exponent, int | np.integer) or exponent < 0:
+        raise ValueError(f"A ** n: n={exponent!r}, expected a whole number, at least 0")
+    n = _Static((int(exponent), a.dtype))
+    forward, backward = (Partial(_repeated, n, product) for product in (a.matmat, a.rmatmat))
+    return LinearOperator(forward, backward, a.shape, a.dtype)
+
+
+def _repeated(n: _Static, product: Product, x: jax.Array) -> jax.Array:
+    count, dtype = n.value
+    x = x.astype(jnp.result_type(dtype, x))
+    return jax.lax.fori_loop(0, count, lambda _, x: product(x), x)
+
+
+def check_square(what: str, a: LinearOperator) -> None:
+    if a.shape[0] != a.shape[1]:
+        raise ValueError(f"{what}: A has shape {a.shape}, expected a square one")
+
+
+# Checks on request -------------------------------------------------------------------------------
+
+
+def adjoint_defect(a: LinearOperator, key: jax.Array, *, columns: int = 4) -> jax.Array:
+    """max |<y, A x> - <A^H y, x>| / (|y| |A x|) over random columns; rounding, if all is right."""
+    x_NC, y_MC = _random_blocks(a, key, columns)
+    ax_MC, ahy_NC = a.matmat(x_NC), a.rmatmat(y_MC)
+    left = jnp.einsum("mc,mc->c", y_MC.conj(), ax_MC, precision="highest")
+    right = jnp.einsum("nc,nc->c", ahy_NC.conj(), x_NC, precision="highest")
+    size = jnp.linalg.norm(y_MC, axis=0) * jnp.linalg.norm(ax_MC, axis=0)
+    return (jnp.abs(left - right) / jnp.where(size > 0, size, 1)).max()
+
+
+def linearity_defect(a: LinearOperator, key: jax.Array, *, columns: int = 4) -> jax.Array:
+    """max |A(2 x - z) - 2 A x + A z| / |A x| over random blocks: rounding, if A is linear."""
+    x_NC, _ = _random_blocks(a, key, columns)
+    z_NC = x_NC[:, ::-1]
+    ax_MC = a.matmat(x_NC)
+    miss_MC = a.matmat(2 * x_NC - z_NC) - 2 * ax_MC + a.matmat(z_NC)
+    size = jnp.linalg.norm(ax_MC)
+    return jnp.linalg.norm(miss_MC) / jnp.where(size > 0, size, 1)
+
+
+def nonfinite(a: LinearOperator, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Masks of the rows (M,) and the columns (N,) that hold NaN or infinity, by two products."""
+    x_NC, y_MC = _random_blocks(a, key, 1)
+    rows_M, columns_N = a.matmat(x_NC)[:, 0], a.rmatmat(y_MC)[:, 0]
+    return ~jnp.isfinite(rows_M), ~jnp.isfinite(columns_N)
+
+
+def verify(a: LinearOperator, key: jax.Array) -> None:
+    """Try an operator on random vectors, for about ten products.
+
+    Raises:
+        ValueError: if entries are not finite (and where), if A is not linear, or if `rmatmat` is
+            not the adjoint of `matmat`.
+    """
+    keys = jax.random.split(key, 3)
+    rows_M, columns_N = map(np.asarray, nonfinite(a, keys[0]))
+    if rows_M.any() or columns_N.any():
+        raise ValueError(
+            f"A has entries that are not finite, in rows {_some(rows_M)} and columns "
+            f"{_some(columns_N)}"
+        )
+    allowed = 1e3 * float(jnp.finfo(a.dtype).eps)
+    defect = float(linearity_defect(a, keys[1]))
+    if not defect < allowed:
+        raise ValueError(
+            f"A is not linear: A(2x - z) and 2 A x - A z differ by {defect:.2g} of |A x|, "
+            f"expected less than {allowed:.2g}"
+        )
+    defect = float(adjoint_defect(a, keys[2]))
+    if not defect < allowed:
+        raise ValueError(
+            f"rmatmat is not the adjoint of matmat: <y, A x> and <A^H y, x> differ by "
+            f"{defect:.2g} of |y| |A x|, expected less than {allowed:.2g}; leave rmatmat out and "
+            "it is derived"
+        )
+
+
+def _random_blocks(a: LinearOperator, key: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
+    keys = jax.random.split(key)
+    x_NC = jax.random.normal(keys[0], (a.shape[1], columns), a.dtype)
+    return x_NC, jax.random.normal(keys[1], (a.shape[0], columns), a.dtype)
+
+
+def _some(mask: np.ndarray) -> str:
+    index = np.flatnonzero(mask)
+    more = f", ... ({len(index)} in all)" if len(index) > 5 else ""
+    return ", ".join(map(str, index[:5])) + more
