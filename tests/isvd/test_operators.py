@@ -195,7 +195,7 @@ def adjoint(draw):
 each = pytest.mark.parametrize("name", list(OPERATORS))
 
 
-def close(actual, wanted):
+def assert_close(actual, wanted):
     actual, wanted = np.asarray(actual), np.asarray(wanted)
     assert actual.shape == wanted.shape
     scale = max(np.abs(wanted).max(), 1e-30)
@@ -213,13 +213,13 @@ def test_products_are_those_of_the_dense_twin(name, dtype):
         assert op.shape == a_MN.shape
         assert op.dtype == a_MN.dtype == dtype
         assert op.matmat(jnp.asarray(x_NC)).dtype == dtype
-        close(op @ x_NC, a_MN @ x_NC)
-        close(op @ x_NC[:, 0], a_MN @ x_NC[:, 0])
-        close(op.H @ y_MC, a_MN.conj().T @ y_MC)
-        close(op.T @ y_MC, a_MN.T @ y_MC)
-        close(op.H.H @ x_NC, a_MN @ x_NC)
-        close(y_MC.T @ op, y_MC.T @ a_MN)
-        close(op.to_dense(), a_MN)
+        assert_close(op @ x_NC, a_MN @ x_NC)
+        assert_close(op @ x_NC[:, 0], a_MN @ x_NC[:, 0])
+        assert_close(op.H @ y_MC, a_MN.conj().T @ y_MC)
+        assert_close(op.T @ y_MC, a_MN.T @ y_MC)
+        assert_close(op.H.H @ x_NC, a_MN @ x_NC)
+        assert_close(y_MC.T @ op, y_MC.T @ a_MN)
+        assert_close(op.to_dense(), a_MN)
         assert operators.adjoint_defect(op, jax.random.key(0)) < 50 * np.finfo(dtype).eps
 
 
@@ -239,7 +239,7 @@ def test_arrays_are_arguments_of_one_program(name):
     for shift in (0, 100):
         op, a_MN = OPERATORS[name](lambda seed, *shape, shift=shift: draw(seed + shift, *shape))
         x_NC = draw(32, a_MN.shape[1], 2)
-        close(product(op, x_NC), a_MN @ x_NC)
+        assert_close(product(op, x_NC), a_MN @ x_NC)
     wanted = 2 if name in ("user_block_function", "user_pair_of_functions") else 1  # fresh lambdas
     assert len(traces) == wanted
 
@@ -257,7 +257,7 @@ def test_vmap_over_operators_and_blocks(name):
     got = jax.vmap(lambda op, x_NC: op @ x_NC)(both, x_2NC)
     if not jax.tree.leaves(both):  # nothing to map over
         got = jax.vmap(lambda x_NC: pairs[0][0] @ x_NC)(x_2NC)
-    close(got, np.stack([a_MN @ x_NC for (_, a_MN), x_NC in zip(pairs, x_2NC, strict=True)]))
+    assert_close(got, np.stack([a_MN @ x_NC for (_, a_MN), x_NC in zip(pairs, x_2NC, strict=True)]))
 
 
 @each
@@ -292,7 +292,7 @@ def test_scan_and_a_loop(name):
     got, _ = jax.lax.scan(lambda x, _: (op.H @ (op @ x), None), x_NC, length=2)
     for _ in range(2):
         wanted = a_MN.T @ (a_MN @ wanted)
-    close(got, wanted)
+    assert_close(got, wanted)
 
 
 @each
@@ -307,7 +307,7 @@ def test_columns_spread_over_devices(name):
         out_specs=columns,
     )
     x_NC = draw(36, a_MN.shape[1], 8)
-    close(jax.jit(spread)(op, x_NC), a_MN @ x_NC)
+    assert_close(jax.jit(spread)(op, x_NC), a_MN @ x_NC)
 
 
 @each
@@ -322,8 +322,8 @@ def test_complex_blocks_on_real_operators():
         op, a_MN = make(draw)
         x_NC = draw(37, a_MN.shape[1], 2, dtype="complex64")
         y_MC = draw(38, a_MN.shape[0], 2, dtype="complex64")
-        close(op @ x_NC, a_MN @ x_NC)
-        close(op.H @ y_MC, a_MN.T @ y_MC)
+        assert_close(op @ x_NC, a_MN @ x_NC)
+        assert_close(op.H @ y_MC, a_MN.T @ y_MC)
 
 
 def test_factors_may_be_learned():
@@ -340,16 +340,16 @@ def test_derived_and_written_adjoint_agree():
     derived = operators.from_matmat(product, (6, 4))
     written = operators.from_matmat(product, (6, 4), rmatmat=backward)
     y_MC = draw(2, 6, 3)
-    close(written.rmatmat(y_MC), derived.rmatmat(y_MC))
+    assert_close(written.rmatmat(y_MC), derived.rmatmat(y_MC))
 
 
 def test_a_function_of_vectors_is_mapped_over_columns():
     """The discrete Fourier transform of a block along its rows would be another matrix."""
     op = operators.from_matmat(jnp.fft.fft, (3, 3), "complex64")
-    close(op.to_dense(), np.fft.fft(np.eye(3), axis=0).astype("complex64"))
+    assert_close(op.to_dense(), np.fft.fft(np.eye(3), axis=0).astype("complex64"))
     told = operators.from_matmat(jnp.fft.fft, (3, 3), "complex64", block=True)
     x_NC = draw(0, 3, 2, dtype="complex64")
-    close(told @ x_NC, np.fft.fft(x_NC).astype("complex64"))
+    assert_close(told @ x_NC, np.fft.fft(x_NC).astype("complex64"))
 
 
 def test_polynomial_makes_one_pass():
@@ -358,7 +358,7 @@ def test_polynomial_makes_one_pass():
     summed = algebra.windowed_sum(op, np.ones(9, np.float32))
     text = str(jax.make_jaxpr(summed.matmat)(draw(0, 4, 2)))
     assert text.count("length=8") == 1
-    close(summed.to_dense(), np.eye(4, dtype="f") * sum(2.0**q for q in range(1, 10)))
+    assert_close(summed.to_dense(), np.eye(4, dtype="f") * sum(2.0**q for q in range(1, 10)))
 
 
 # Errors ------------------------------------------------------------------------------------------
