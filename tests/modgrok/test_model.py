@@ -193,7 +193,7 @@ def test_remat_recomputes_and_changes_no_number():
         flops.append(compiled.cost_analysis()["flops"])
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[0]))
     assert_trees_close(*(jax.tree.map(lambda g: g / scale, g) for g in grads))
-    assert flops[1] > 1.2 * flops[0]
+    assert flops[1] > 1.1 * flops[0]  # how much is shared with the forward pass is up to XLA
 
 
 @pytest.mark.parametrize(("layers", "calls"), [(1, 1), (2, 2), (3, 3), (6, 3)])
