@@ -184,7 +184,7 @@ def test_bfloat16_rounds_products_only():
 
 
 def test_remat_recomputes_and_changes_no_number():
-    cfg = dataclasses.replace(CFG, layers=1)
+    cfg = dataclasses.replace(CFG, layers=3)
     params, grads, flops = random_params(cfg), [], []
     for remat in (False, True):
         one = dataclasses.replace(cfg, remat=remat)
@@ -193,7 +193,7 @@ def test_remat_recomputes_and_changes_no_number():
         flops.append(compiled.cost_analysis()["flops"])
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[0]))
     assert_trees_close(*(jax.tree.map(lambda g: g / scale, g) for g in grads))
-    assert flops[1] > 1.1 * flops[0]  # how much is shared with the forward pass is up to XLA
+    assert flops[1] > 1.2 * flops[0]
 
 
 @pytest.mark.parametrize(("layers", "calls"), [(1, 1), (2, 2), (3, 3), (6, 3)])
