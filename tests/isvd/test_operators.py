@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jax.tree_util import Partial
 
-from isvd import algebra, operators
+from isvd import algebra, operators, spmm
 
 REAL, COMPLEX = ["float32", "float64"], ["complex64", "complex128"]
 
@@ -74,6 +75,20 @@ def user_pair_of_functions(draw):
     backward = Partial(lambda a, y: a.conj().T @ y, a_MN)
     forward = Partial(jnp.matmul, a_MN)
     return operators.from_matmat(forward, (4, 5), a_MN.dtype, rmatmat=backward), a_MN
+
+
+@case
+def sparse(draw):
+    a_MN = draw(0, 6, 5) * (np.arange(30).reshape(6, 5) % 3 == 1)
+    a_MN[2] = 0
+    return spmm.sparse(scipy.sparse.csr_array(a_MN)), a_MN
+
+
+@case
+def sparse_from_entries(draw):
+    a_MN, (values_E, index_E) = np.zeros((4, 6), draw(0, 1).dtype), (draw(0, 5), [3, 0, 3, 1, 3])
+    np.add.at(a_MN, (index_E, [2, 0, 2, 5, 1]), values_E)
+    return spmm.sparse_from_entries(index_E, [2, 0, 2, 5, 1], values_E, (4, 6)), a_MN
 
 
 @case

@@ -1,0 +1,476 @@
+"""The leading singular triplets of an operator, by its products with blocks of columns.
+
+`svd` is block Golub-Kahan bidiagonalisation with full reorthogonalisation and thick restarts
+(Golub and Kahan 1965; Baglama and Reichel, SISC 27, 2005), or the randomised subspace iteration of
+Halko, Martinsson and Tropp (SIAM Review 53, 2011) as the iSVD paper uses it. Both say how good each
+triplet is, and both can be differentiated.
+
+Axes: M rows, N columns, K rank, B block, W width of the Krylov basis.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from isvd.operators import LinearOperator
+from isvd.orthonormal import orthonormalize
+
+BLOCK = 8  # columns: a cache line of float64, and where the sparse product starts to pay
+
+
+class SVD(NamedTuple):
+    """A ~= u diag(s) v^H.
+
+    Attributes:
+        u_MK, s_K, v_NK: singular vectors and values, largest first. The entry of largest modulus
+            of each left vector is positive, so that runs can be compared.
+        residual_K: |A^H u - s v| of each triplet (|A v - s u| is at rounding): some singular value
+            lies within it of s, the error of s is about its square over the gap to the others, the
+            angle of u and v to the exact ones it over the gap. Subspace iteration gives |A v - s u|.
+        products: columns that were multiplied, by A or by A^H.
+        converged: whether every residual is below tol * s[0].
+    """
+
+    u_MK: jax.Array
+    s_K: jax.Array
+    v_NK: jax.Array
+    residual_K: jax.Array
+    products: jax.Array
+    converged: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is decided before anything is traced."""
+
+    method: str
+    rank: int
+    block: int  # columns of a product
+    kept: int  # triplets that a restart keeps
+    width: int  # columns of the Krylov basis
+    tol: float
+    max_products: int
+
+    @property
+    def locked(self) -> int:
+        """Triplets that are kept when the basis is searched for further copies."""
+        return -(-self.rank // self.block) * self.block
+
+
+def svd(
+    op: LinearOperator,
+    key: jax.Array,
+    *,
+    rank: int,
+    method: str = "krylov",
+    tol: float | None = None,
+    max_products: int | None = None,
+    block: int | None = None,
+    width: int | None = None,
+    oversample: int | None = None,
+    warm_start: SVD | jax.Array | None = None,
+) -> SVD:
+    """The `rank` leading singular triplets of an operator.
+
+    A compiled program serves all operators of one structure, shape and type: call it as it is, or
+    inside your own jit, vmap and grad. The gradient reaches the arrays in `op.matmat`; see
+    `docs/isvd.md` for the rule and for where it is undefined (equal or zero singular values, a
+    cluster cut at `rank`).
+
+    Args:
+        rank: K, from 1 to min(M, N).
+        method: "krylov", or "subspace" for the iSVD paper's algorithm.
+        tol: residual to reach, relative to s[0]; by default eps ** 0.75 of the type. Values are far
+            more accurate than that. Subspace iteration with tol=None makes its ten iterations
+            whatever they give.
+        max_products: columns multiplied at most (a started cycle is finished, so somewhat more).
+        block: columns of one product, 8 by default; more suits accelerators. It is the
+            multiplicity that one pass can see: clusters that are larger are searched for.
+        width: columns of the Krylov basis, which bound memory: (M + N) * width numbers. More of them
+            need fewer products. If it reaches min(M, N) the matrix is formed and factored.
+        oversample: subspace iteration's p, by default min(rank, 30).
+        warm_start: an SVD of a similar operator, or its right vectors (N, any): the first block.
+    Raises:
+        ValueError: for a rank beyond min(M, N) and other values outside their range.
+    """
+    plan = _checked_plan(
+        op, rank, method, tol, max_products, block, width, oversample, warm_start
+    )
+    warm_NB = warm_start.v_NK if isinstance(warm_start, SVD) else warm_start
+    return _svd(plan, op, key, warm_NB)
+
+
+def _checked_plan(
+    op: LinearOperator,
+    rank: int,
+    method: str,
+    tol: float | None,
+    max_products: int | None,
+    block: int | None,
+    width: int | None,
+    oversample: int | None,
+    warm_start: Any,
+) -> _Plan:
+    limit = min(op.shape)
+    _check_integer("rank", rank, 1, limit, f"min(M, N) of an operator of shape {op.shape}")
+    if op.dtype.kind not in "fc":
+        raise ValueError(f"op has dtype {op.dtype}, expected a real or complex floating type")
+    if method not in ("krylov", "subspace"):
+        raise ValueError(f"method={method!r}, expected krylov or subspace")
+    if tol is not None and not 0 <= tol < 1:
+        raise ValueError(f"tol={tol}, expected None, or from 0 to less than 1")
+    if max_products is not None:
+        _check_integer("max_products", max_products, 1)
+    columns = None
+    if warm_start is not None:
+        warm = warm_start.v_NK if isinstance(warm_start, SVD) else warm_start
+        if np.ndim(warm) != 2 or np.shape(warm)[0] != op.shape[1]:
+            raise ValueError(
+                f"warm_start has shape {np.shape(warm)}, expected right vectors ({op.shape[1]}, any)"
+            )
+        columns = min(np.shape(warm)[1], limit)
+    eps = float(jnp.finfo(op.dtype).eps)
+
+    if method == "subspace":
+        if block is not None or width is not None:
+            raise ValueError("block and width are of method='krylov'; subspace has oversample")
+        if oversample is not None:
+            _check_integer("oversample", oversample, 0)
+        extra = min(rank, 30) if oversample is None else oversample
+        size = min(rank + extra, limit) if columns is None else max(columns, rank)
+        iterations = 10 if tol is None else 10_000
+        return _Plan(
+            method, rank, size, rank, size, tol or 0.0, max_products or 2 * (iterations + 1) * size
+        )
+
+    if oversample is not None:
+        raise ValueError("oversample is of method='subspace'; krylov has block and width")
+    if block is None:
+        block = min(columns or BLOCK, limit)
+    _check_integer("block", block, 1, limit, f"min(M, N) of an operator of shape {op.shape}")
+    kept = -(-(rank + block // 2) // block) * block
+    least = kept + 2 * block
+    if width is None:
+        width = kept + max(8 * BLOCK, kept, 2 * block)
+    else:
+        _check_integer("width", width, least, why=f"rank={rank} and block={block}")
+    width = -(-width // block) * block
+    return _Plan(
+        "dense" if width >= limit else method,
+        rank,
+        block,
+        kept,
+        width,
+        eps**0.75 if tol is None else float(tol),
+        max_products or 100 * width,
+    )
+
+
+def _check_integer(name: str, value: Any, low: int, high: int | None = None, why: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name}={value!r}, expected a whole number")
+    if value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name}={value}, expected {span}{f', {why}' if why else ''}")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _svd(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
+    methods = {"dense": _dense, "krylov": _krylov, "subspace": _subspace}
+    return methods[plan.method](plan, op, key, warm_NB)
+
+
+def _dense(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
+    """min(M, N) products give the whole matrix, which a library factors."""
+    del key, warm_NB
+    u_MK, s_K, vh_KN = jnp.linalg.svd(op.to_dense(), full_matrices=False)
+    k = plan.rank
+    u_MK, v_NK = _signed(u_MK[:, :k], vh_KN[:k].conj().T)
+    residual_K = jnp.zeros_like(s_K[:k])
+    finite = jnp.isfinite(s_K).all()
+    return SVD(u_MK, s_K[:k], v_NK, residual_K, jnp.int32(min(op.shape)), finite)
+
+
+def _signed(u_MK: jax.Array, v_NK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Turn each pair so that the left entry of largest modulus is real and positive."""
+    peak_1K = jnp.take_along_axis(u_MK, jnp.abs(u_MK).argmax(0)[None], axis=0)
+    size_1K = jnp.abs(peak_1K)
+    turn_1K = jnp.where(size_1K > 0, peak_1K.conj() / jnp.where(size_1K > 0, size_1K, 1), 1)
+    return u_MK * turn_1K, v_NK * turn_1K
+
+
+# Block Golub-Kahan bidiagonalisation -------------------------------------------------------------
+
+
+class _Basis(NamedTuple):
+    """One pass in progress. Vectors are rows: the filled part of a basis is one piece of memory."""
+
+    u_WM: jax.Array
+    v_WN: jax.Array
+    b_WX: jax.Array  # u^H A [v, next], upper triangular by blocks; X = W + B
+    next_NB: jax.Array  # the next right block, orthogonal to v
+    size: jax.Array  # largest |A x| of a unit vector that was seen: what rounding is relative to
+
+
+class _Cycle(NamedTuple):
+    """The state between passes: A v = u s and A^H u = v s + next tail."""
+
+    u_WM: jax.Array
+    v_WN: jax.Array
+    s_W: jax.Array
+    tail_BW: jax.Array
+    next_NB: jax.Array
+    filled: jax.Array  # rows of the basis that the next cycle starts with
+    size: jax.Array
+    products: jax.Array
+    dropped: jax.Array  # residual that a search for copies left out of `tail`
+    searched_K: jax.Array  # singular values before that search, or NaN
+    done: jax.Array
+    key: jax.Array
+
+
+def _krylov(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
+    start_key, key = jax.random.split(key)
+    products = plan.block
+    if warm_NB is None:
+        left_MB = jax.random.normal(start_key, (op.shape[0], plan.block), op.dtype)
+    else:
+        left_MB = op.matmat(warm_NB[:, : plan.block].astype(op.dtype))
+        left_MB /= _positive(jnp.abs(left_MB).max())
+        products += plan.block
+    right_NB = op.rmatmat(left_MB)
+    scale = _positive(jnp.abs(right_NB).max())  # so that squares neither overflow nor underflow
+    next_NB, _ = _next_block(
+        start_key, right_NB / scale, jnp.zeros((plan.width, op.shape[1]), op.dtype), 0, 1.0
+    )
+
+    def unfinished(c: _Cycle) -> jax.Array:
+        return ~c.done & (c.products < plan.max_products)
+
+    width, real = plan.width, scale.dtype
+    cycle = _Cycle(
+        u_WM=jnp.zeros((width, op.shape[0]), op.dtype),
+        v_WN=jnp.zeros((width, op.shape[1]), op.dtype),
+        s_W=jnp.zeros(width, real),
+        tail_BW=jnp.zeros((plan.block, width), op.dtype),
+        next_NB=next_NB,
+        filled=jnp.int32(0),
+        size=jnp.zeros((), real),
+        products=jnp.int32(products),
+        dropped=jnp.zeros((), real),
+        searched_K=jnp.full(plan.rank, jnp.nan, real),
+        done=jnp.bool(False),
+        key=key,
+    )
+    cycle = jax.lax.while_loop(unfinished, functools.partial(_cycle, plan, op, scale), cycle)
+    k = plan.rank
+    residual_K = _residual(cycle, k)
+    converged = (residual_K <= plan.tol * cycle.s_W[0]).all()
+    u_MK, v_NK = _signed(cycle.u_WM[:k].T, cycle.v_WN[:k].T)
+    return SVD(u_MK, cycle.s_W[:k] * scale, v_NK, residual_K * scale, cycle.products, converged)
+
+
+def _positive(x: jax.Array) -> jax.Array:
+    return jnp.where((x > 0) & jnp.isfinite(x), x, 1)
+
+
+def _residual(cycle: _Cycle, k: int) -> jax.Array:
+    return jnp.hypot(jnp.linalg.norm(cycle.tail_BW[:, :k], axis=0), cycle.dropped)
+
+
+def _cycle(plan: _Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cycle:
+    """Fill the basis, factor the small matrix, keep its leading triplets."""
+    block, width, k = plan.block, plan.width, plan.rank
+    key, step_key, search_key = jax.random.split(c.key, 3)
+    num_steps = (width - c.filled) // block
+
+    def step(j: jax.Array, basis: _Basis) -> _Basis:
+        """Two products. What A v has along older rows of u is known from b, and projected away."""
+        at = c.filled + j.astype(jnp.int32) * block
+        key_u, key_v = jax.random.split(jax.random.fold_in(step_key, j))
+        v_WN = _put(basis.v_WN, basis.next_NB.T, at, 0)
+        left_MB = op.matmat(basis.next_NB) / scale
+        size = jnp.maximum(basis.size, jnp.linalg.norm(left_MB, axis=0).max())
+        u_MB, r_BB = _next_block(key_u, left_MB, basis.u_WM, at, size)
+        right_NB = op.rmatmat(u_MB) / scale
+        next_NB, s_BB = _next_block(key_v, right_NB, v_WN, at + block, size)
+        b_WX = _put(basis.b_WX, jnp.hstack([r_BB, s_BB.conj().T]), at, at)
+        return _Basis(_put(basis.u_WM, u_MB.T, at, 0), v_WN, b_WX, next_NB, size)
+
+    b_WX = jnp.eye(width, width + block, dtype=op.dtype) * c.s_W[:, None]
+    b_WX = _put(b_WX, c.tail_BW.conj().T, 0, c.filled)
+    basis = _Basis(c.u_WM, c.v_WN, b_WX, c.next_NB, c.size)
+    basis = jax.lax.fori_loop(0, num_steps, step, basis)
+
+    x_WW, s_W, yh_WW = jnp.linalg.svd(basis.b_WX[:, :width])
+    s_BB = basis.b_WX[-block:, width:].conj().T
+    kept = plan.kept
+    u_WM = jnp.zeros_like(c.u_WM).at[:kept].set(_mm(x_WW[:, :kept].T, basis.u_WM))
+    v_WN = jnp.zeros_like(c.v_WN).at[:kept].set(_mm(yh_WW[:kept].conj(), basis.v_WN))
+    tail_BW = jnp.zeros_like(c.tail_BW).at[:, :kept].set(_mm(s_BB, x_WW[-block:, :kept]))
+    s_W = jnp.where(jnp.arange(width) < kept, s_W, 0)
+    products = c.products + 2 * block * num_steps
+    c = c._replace(
+        u_WM=u_WM,
+        v_WN=v_WN,
+        s_W=s_W,
+        tail_BW=tail_BW,
+        next_NB=basis.next_NB,
+        filled=jnp.int32(kept),
+        size=basis.size,
+        products=products,
+        key=key,
+    )
+
+    # From a block of B columns, B copies of a singular value can be seen and no more. Where the
+    # result has so many, look for others from random columns before believing it.
+    small = plan.tol * s_W[0]
+    residual_W = jnp.hypot(jnp.linalg.norm(tail_BW, axis=0), c.dropped)
+    converged = (residual_W[:k] <= small).all()
+    same = jnp.maximum(10 * small, 100 * jnp.finfo(op.dtype).eps * s_W[0])
+    crowded = (s_W[: k - block + 1] - s_W[block - 1 : k] <= same).any() if k >= block else False
+    found_none = (jnp.abs(s_W[:k] - c.searched_K) <= same).all()
+    done = (converged & (~jnp.asarray(crowded) | found_none)) | ~jnp.isfinite(s_W[0])
+    search = ~done & (residual_W[: plan.locked] <= small).all() & converged
+    if k < block:
+        return c._replace(done=done)
+    return jax.lax.cond(
+        search,
+        lambda: _search_copies(plan, c, search_key, residual_W[: plan.locked].max()),
+        lambda: c._replace(done=done, searched_K=jnp.full_like(c.searched_K, jnp.nan)),
+    )
+
+
+def _search_copies(plan: _Plan, c: _Cycle, key: jax.Array, dropped: jax.Array) -> _Cycle:
+    """Keep what has converged, and go on from random columns that are orthogonal to it."""
+    keep_W1 = (jnp.arange(plan.width) < plan.locked)[:, None]
+    v_WN = jnp.where(keep_W1, c.v_WN, 0)
+    known_WN = _put(v_WN, c.next_NB.T, plan.locked, 0)
+    filled = plan.locked + plan.block
+    random_NB = jax.random.normal(key, c.next_NB.shape, c.next_NB.dtype)
+    next_NB, _ = _next_block(key, random_NB, known_WN, filled, 1.0)
+    return c._replace(
+        u_WM=jnp.where(keep_W1, c.u_WM, 0),
+        v_WN=v_WN,
+        s_W=jnp.where(keep_W1[:, 0], c.s_W, 0),
+        tail_BW=jnp.zeros_like(c.tail_BW),
+        next_NB=next_NB,
+        filled=jnp.int32(plan.locked),
+        dropped=jnp.maximum(c.dropped, dropped),
+        searched_K=c.s_W[: plan.rank],
+    )
+
+
+def _next_block(
+    key: jax.Array, z_NB: jax.Array, basis_WN: jax.Array, filled: Any, size: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Q, R with z = basis (...) + Q R, Q orthonormal and orthogonal to the filled rows of the basis.
+
+    Directions of z at rounding of `size` are noise: there Q has random columns, and R zero rows, so
+    that the iteration goes on from them when the subspace so far is invariant.
+    """
+    z_NB = _project(z_NB, basis_WN, filled)
+    q_NB, r_BB = orthonormalize(z_NB)
+    q_NB, more_BB = orthonormalize(_project(q_NB, basis_WN, filled))
+    r_BB = _mm(more_BB, r_BB)
+    floor = 10 * jnp.finfo(z_NB.dtype).eps * size
+
+    def completed() -> tuple[jax.Array, jax.Array]:
+        turn_BB, s_B, vh_BB = jnp.linalg.svd(r_BB)
+        noise_B = ~(s_B > floor)
+        random_NB = jax.random.normal(key, z_NB.shape, z_NB.dtype)
+        full_NB = jnp.where(noise_B, random_NB, _mm(q_NB, turn_BB))
+        for _ in range(2):
+            full_NB, flip_BB = orthonormalize(_project(full_NB, basis_WN, filled))
+            full_NB = full_NB * jnp.sign(jnp.diagonal(flip_BB))  # kept columns stay what they are
+        return full_NB, jnp.where(noise_B, 0, s_B)[:, None] * vh_BB
+
+    deficient = ~(jnp.abs(jnp.diagonal(r_BB)).min() > floor)
+    return jax.lax.cond(deficient, completed, lambda: (q_NB, r_BB))
+
+
+def _project(z_NB: jax.Array, basis_WN: jax.Array, filled: Any) -> jax.Array:
+    """z - basis^H (basis z), with as much of the basis as holds the filled rows, in quarters."""
+    width = basis_WN.shape[0]
+    sizes = sorted({-(-width * i // 4) for i in range(1, 5)})
+
+    def with_rows(size: int) -> jax.Array:
+        part_WN = basis_WN[:size]
+        return z_NB - _mm(part_WN.T, _mm(part_WN.conj(), z_NB))
+
+    branches = [lambda: z_NB, *(functools.partial(with_rows, size) for size in sizes)]
+    which = jnp.searchsorted(jnp.array([0, *sizes]), filled)
+    return jax.lax.switch(which, branches)
+
+
+def _put(x: jax.Array, part: jax.Array, row: Any, column: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice(x, part, (jnp.int32(row), jnp.int32(column)))
+
+
+def _mm(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision="highest")
+
+
+# Randomised subspace iteration -------------------------------------------------------------------
+
+
+def _subspace(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
+    """The iSVD paper's algorithm: 2 (n + 1) products of K + oversample columns for n iterations.
+
+    Orthonormalised before every product, which changes nothing but rounding. K more products give
+    the residuals.
+    """
+    wide = op.shape[0] < op.shape[1]
+    a = op.H if wide else op  # the small matrix is on the short side
+    start_NB = jax.random.normal(key, (a.shape[1], plan.block), op.dtype)
+    if warm_NB is not None:
+        known_NB = warm_NB[:, : plan.block].astype(op.dtype)
+        known_NB = op.matmat(known_NB) if wide else known_NB
+        start_NB = start_NB.at[:, : known_NB.shape[1]].set(known_NB)
+
+    def unfinished(state: tuple) -> jax.Array:
+        _, _, residual_K, s_K, products = state
+        more = products + 2 * plan.block <= plan.max_products
+        return more & ~(residual_K <= plan.tol * s_K[0]).all()
+
+    def iteration(state: tuple) -> tuple:
+        products = state[-1]
+        v_NB, _ = orthonormalize(state[0])
+        u_MB, r_BB = orthonormalize(a.matmat(v_NB))
+        right_NB = a.rmatmat(u_MB)
+        # A (v y) = (u x) s to rounding, so the other side says how far the pairs are from singular.
+        x_BB, s_B, yh_BB = jnp.linalg.svd(r_BB)
+        miss_NB = _mm(right_NB, x_BB) - _mm(v_NB, yh_BB.conj().T) * s_B
+        k = plan.rank
+        residual_K = jnp.linalg.norm(miss_NB[:, :k], axis=0)
+        return right_NB, u_MB, residual_K, s_B[:k], products + 2 * plan.block
+
+    k = plan.rank
+    real = jnp.finfo(op.dtype).dtype
+    state = (
+        start_NB,
+        jnp.zeros((a.shape[0], plan.block), op.dtype),
+        jnp.full(k, jnp.inf, real),
+        jnp.zeros(k, real),
+        jnp.int32(0),
+    )
+    state = iteration(state)  # so that there is a result whatever max_products is
+    right_NB, u_MB, _, _, products = jax.lax.while_loop(unfinished, iteration, state)
+
+    v_NB, r_BB = orthonormalize(right_NB)  # A^H u = v r
+    x_BB, s_B, yh_BB = jnp.linalg.svd(r_BB.conj().T)
+    u_MK, v_NK = _mm(u_MB, x_BB[:, :k]), _mm(v_NB, yh_BB[:k].conj().T)
+    residual_K = jnp.linalg.norm(a.matmat(v_NK) - u_MK * s_B[:k], axis=0)
+    u_MK, v_NK = _signed(v_NK, u_MK) if wide else _signed(u_MK, v_NK)
+    return SVD(
+        u_MK,
+        s_B[:k],
+        v_NK,
+        residual_K,
+        products + k,
+        (residual_K <= (plan.tol or jnp.finfo(op.dtype).eps ** 0.75) * s_B[0]).all(),
+    )
