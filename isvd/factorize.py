@@ -213,6 +213,7 @@ class _Basis(NamedTuple):
     v_WN: jax.Array
     b_WX: jax.Array  # u^H A [v, next], upper triangular by blocks; X = W + B
     next_NB: jax.Array  # the next right block, orthogonal to v
+    known_MB: jax.Array  # u u^H A next: what A next has along u
     size: jax.Array  # largest |A x| of a unit vector that was seen: what rounding is relative to
 
 
@@ -289,21 +290,23 @@ def _cycle(plan: _Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cyc
     num_steps = (width - c.filled) // block
 
     def step(j: jax.Array, basis: _Basis) -> _Basis:
-        """Two products. What A v has along older rows of u is known from b, and projected away."""
+        """Two products, from which the recurrence takes what they have along known vectors."""
         at = c.filled + j.astype(jnp.int32) * block
         key_u, key_v = jax.random.split(jax.random.fold_in(step_key, j))
         v_WN = _put(basis.v_WN, basis.next_NB.T, at, 0)
         left_MB = op.matmat(basis.next_NB) / scale
         size = jnp.maximum(basis.size, jnp.linalg.norm(left_MB, axis=0).max())
-        u_MB, r_BB = _next_block(key_u, left_MB, basis.u_WM, at, size)
-        right_NB = op.rmatmat(u_MB) / scale
+        u_MB, r_BB = _next_block(key_u, left_MB - basis.known_MB, basis.u_WM, at, size)
+        right_NB = op.rmatmat(u_MB) / scale - _mm(basis.next_NB, r_BB.conj().T)
         next_NB, s_BB = _next_block(key_v, right_NB, v_WN, at + block, size)
+        known_MB = _mm(u_MB, s_BB.conj().T)
         b_WX = _put(basis.b_WX, jnp.hstack([r_BB, s_BB.conj().T]), at, at)
-        return _Basis(_put(basis.u_WM, u_MB.T, at, 0), v_WN, b_WX, next_NB, size)
+        return _Basis(_put(basis.u_WM, u_MB.T, at, 0), v_WN, b_WX, next_NB, known_MB, size)
 
     b_WX = jnp.eye(width, width + block, dtype=op.dtype) * c.s_W[:, None]
     b_WX = _put(b_WX, c.tail_BW.conj().T, 0, c.filled)
-    basis = _Basis(c.u_WM, c.v_WN, b_WX, c.next_NB, c.size)
+    known_MB = _mm(c.u_WM.T, c.tail_BW.conj().T)
+    basis = _Basis(c.u_WM, c.v_WN, b_WX, c.next_NB, known_MB, c.size)
     basis = jax.lax.fori_loop(0, num_steps, step, basis)
 
     x_WW, s_W, yh_WW = jnp.linalg.svd(basis.b_WX[:, :width])
@@ -373,10 +376,17 @@ def _next_block(
     Directions of z at rounding of `size` are noise: there Q has random columns, and R zero rows, so
     that the iteration goes on from them when the subspace so far is invariant.
     """
-    z_NB = _project(z_NB, basis_WN, filled)
+    z_NB, along = _project(z_NB, basis_WN, filled)
     q_NB, r_BB = orthonormalize(z_NB)
-    q_NB, more_BB = orthonormalize(_project(q_NB, basis_WN, filled))
-    r_BB = _mm(more_BB, r_BB)
+
+    def again() -> tuple[jax.Array, jax.Array]:
+        twice_NB, more_BB = orthonormalize(_project(q_NB, basis_WN, filled)[0])
+        return twice_NB, _mm(more_BB, r_BB)
+
+    # A pass leaves the basis' own defect times what it took away. The recurrence leaves it little
+    # to take away, so that a second pass is needed only where little is left of z.
+    smallest = jnp.abs(jnp.diagonal(r_BB)).min()
+    q_NB, r_BB = jax.lax.cond(along < 0.01 * smallest, lambda: (q_NB, r_BB), again)
     floor = 10 * jnp.finfo(z_NB.dtype).eps * size
 
     def completed() -> tuple[jax.Array, jax.Array]:
@@ -385,7 +395,7 @@ def _next_block(
         random_NB = jax.random.normal(key, z_NB.shape, z_NB.dtype)
         full_NB = jnp.where(noise_B, random_NB, _mm(q_NB, turn_BB))
         for _ in range(2):
-            full_NB, flip_BB = orthonormalize(_project(full_NB, basis_WN, filled))
+            full_NB, flip_BB = orthonormalize(_project(full_NB, basis_WN, filled)[0])
             full_NB = full_NB * jnp.sign(jnp.diagonal(flip_BB))  # kept columns stay what they are
         return full_NB, jnp.where(noise_B, 0, s_B)[:, None] * vh_BB
 
@@ -393,16 +403,23 @@ def _next_block(
     return jax.lax.cond(deficient, completed, lambda: (q_NB, r_BB))
 
 
-def _project(z_NB: jax.Array, basis_WN: jax.Array, filled: Any) -> jax.Array:
-    """z - basis^H (basis z), with as much of the basis as holds the filled rows, in quarters."""
+def _project(
+    z_NB: jax.Array, basis_WN: jax.Array, filled: Any
+) -> tuple[jax.Array, jax.Array]:
+    """z - basis^H (basis z), and the norm of basis z.
+
+    Of the basis as much is read, in quarters, as holds the filled rows.
+    """
     width = basis_WN.shape[0]
     sizes = sorted({-(-width * i // 4) for i in range(1, 5)})
 
-    def with_rows(size: int) -> jax.Array:
+    def with_rows(size: int) -> tuple[jax.Array, jax.Array]:
         part_WN = basis_WN[:size]
-        return z_NB - _mm(part_WN.T, _mm(part_WN.conj(), z_NB))
+        along_WB = _mm(part_WN.conj(), z_NB)
+        return z_NB - _mm(part_WN.T, along_WB), jnp.linalg.norm(along_WB)
 
-    branches = [lambda: z_NB, *(functools.partial(with_rows, size) for size in sizes)]
+    none = jnp.zeros((), jnp.finfo(z_NB.dtype).dtype)
+    branches = [lambda: (z_NB, none), *(functools.partial(with_rows, size) for size in sizes)]
     which = jnp.searchsorted(jnp.array([0, *sizes]), filled)
     return jax.lax.switch(which, branches)
 
