@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
-from isvd.operators import LinearOperator
+from isvd.operators import LinearOperator, _Static
 from isvd.orthonormal import orthonormalize
 
 BLOCK = 8  # columns: a cache line of float64, and where the sparse product starts to pay
@@ -84,7 +85,7 @@ def svd(
     Args:
         rank: K, from 1 to min(M, N).
         method: "krylov", or "subspace" for the iSVD paper's algorithm.
-        tol: residual to reach, relative to s[0]; by default eps ** 0.75 of the type. Values are far
+        tol: residual to reach, relative to s[0]; by default eps ** (2 / 3) of the type. Values are far
             more accurate than that. Subspace iteration with tol=None makes its ten iterations
             whatever they give.
         max_products: columns multiplied at most (a started cycle is finished, so somewhat more).
@@ -101,7 +102,42 @@ def svd(
         op, rank, method, tol, max_products, block, width, oversample, warm_start
     )
     warm_NB = warm_start.v_NK if isinstance(warm_start, SVD) else warm_start
-    return _svd(plan, op, key, warm_NB)
+    return _svd(plan, _hoisted(op), key, warm_NB)
+
+
+def _hoisted(op: LinearOperator) -> LinearOperator:
+    """The operator with traced arrays that a user's function closes over as arguments.
+
+    The rule for gradients sees arguments only.
+    """
+    products = []
+    for product, size in ((op.matmat, op.shape[1]), (op.rmatmat, op.shape[0])):
+        if not _closes_over_something(product):
+            products.append(product)
+            continue
+        leaves, structure = jax.tree.flatten(product)
+
+        def apply(x_NC: jax.Array, *leaves: Any, structure: Any = structure) -> jax.Array:
+            return jax.tree.unflatten(structure, leaves)(x_NC)
+
+        example = jnp.zeros((size, 1), op.dtype)
+        converted, constants = jax.closure_convert(apply, example, *leaves)
+        hoisted = Partial(_applied, _Static(converted), leaves, constants)
+        products.append(hoisted if constants else product)
+    return dataclasses.replace(op, matmat=products[0], rmatmat=products[1])
+
+
+def _closes_over_something(product: Any) -> bool:
+    if isinstance(product, Partial):
+        parts = [product.func, *product.args, *product.keywords.values()]
+        return any(map(_closes_over_something, parts))
+    if isinstance(product, tuple | list):
+        return any(map(_closes_over_something, product))
+    return callable(product) and getattr(product, "__closure__", True) is not None
+
+
+def _applied(fn: _Static, leaves: list, constants: list, x_NC: jax.Array) -> jax.Array:
+    return fn.value(x_NC, *leaves, *constants)
 
 
 def _checked_plan(
@@ -165,7 +201,7 @@ def _checked_plan(
         block,
         kept,
         width,
-        eps**0.75 if tol is None else float(tol),
+        eps ** (2 / 3) if tol is None else float(tol),
         max_products or 100 * width,
     )
 
@@ -178,10 +214,105 @@ def _check_integer(name: str, value: Any, low: int, high: int | None = None, why
         raise ValueError(f"{name}={value}, expected {span}{f', {why}' if why else ''}")
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0)
 def _svd(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
     methods = {"dense": _dense, "krylov": _krylov, "subspace": _subspace}
     return methods[plan.method](plan, op, key, warm_NB)
+
+
+def _svd_forward(
+    plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None
+) -> tuple[SVD, tuple[LinearOperator, SVD]]:
+    factors = _svd(plan, op, key, warm_NB)
+    return factors, (op, factors)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _svd_backward(
+    plan: _Plan, saved: tuple[LinearOperator, SVD], cotangent: SVD
+) -> tuple[LinearOperator, None, None]:
+    """Pull a cotangent of (u, s, v) back to the arrays of an operator, by products with it.
+
+    The change of (u, s, v) is a function of dA v and dA^H u only (`svd_tangent`). Its transpose
+    says how the loss depends on these two blocks, and they are products of the operator.
+    """
+    op, (u_MK, s_K, v_NK, *_) = saved
+    tangent = functools.partial(svd_tangent, op, u_MK, s_K, v_NK, tol=plan.tol)
+    still = (jnp.zeros_like(u_MK), jnp.zeros_like(v_NK))
+    dav_MK, dahu_NK = jax.vjp(tangent, *still)[1]((cotangent.u_MK, cotangent.s_K, cotangent.v_NK))
+
+    # <w, A^H u> = <A w, u>: both blocks by products with A, so that arrays of A^H take no part.
+    columns_NX = jnp.hstack([v_NK, dahu_NK.conj()])
+    leaves, structure = jax.tree.flatten(op)
+    learned = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def product(arrays: list[jax.Array]) -> jax.Array:
+        given = iter(arrays)
+        filled = [next(given) if ok else leaf for ok, leaf in zip(learned, leaves, strict=True)]
+        return jax.tree.unflatten(structure, filled).matmat(columns_NX)
+
+    arrays = [leaf for ok, leaf in zip(learned, leaves, strict=True) if ok]
+    (slopes,) = jax.vjp(product, arrays)[1](jnp.hstack([dav_MK, u_MK.conj()]))
+    slopes = iter(slopes)
+    back = [
+        next(slopes) if ok else np.zeros(leaf.shape, jax.dtypes.float0)
+        for ok, leaf in zip(learned, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, back), None, None
+
+
+_svd.defvjp(_svd_forward, _svd_backward)
+
+
+def svd_tangent(
+    op: LinearOperator,
+    u_MK: jax.Array,
+    s_K: jax.Array,
+    v_NK: jax.Array,
+    dav_MK: jax.Array,
+    dahu_NK: jax.Array,
+    *,
+    tol: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """How (u, s, v) change with A, from dA v (M, K) and dA^H u (N, K).
+
+    Inside the span of the triplets the change is that of a full SVD; out of it x and y solve
+
+        s x - A' y = (I - u u^H) dA v,    s y - A'^H x = (I - v v^H) dA^H u,    A' = A - u s v^H,
+
+    which is positive definite for s > s[K], the first value left out, and is solved by conjugate
+    gradients: K columns of A and A^H each step. To drop A' would be the rule of a matrix of rank K.
+    Complex pairs turn so that both phases stay put.
+    """
+    p_KK = _mm(u_MK.conj().T, dav_MK)
+    gap_KK = (s_K - s_K[:, None]) * (s_K + s_K[:, None])  # s_j^2 - s_i^2
+    f_KK = jnp.where(gap_KK != 0, 1 / jnp.where(gap_KK != 0, gap_KK, 1), 0)
+    inside_u = f_KK * (p_KK * s_K + s_K[:, None] * p_KK.conj().T)
+    inside_v = f_KK * (s_K[:, None] * p_KK + p_KK.conj().T * s_K)
+    inverse_K = jnp.where(s_K > 0, 1 / jnp.where(s_K > 0, s_K, 1), 0)
+    if jnp.iscomplexobj(p_KK):
+        turn_KK = jnp.diag(0.5j * jnp.diagonal(p_KK).imag * inverse_K)
+        inside_u, inside_v = inside_u + turn_KK, inside_v - turn_KK
+
+    def tail(x_NK: jax.Array, product: Any, a_MK: jax.Array, b_NK: jax.Array) -> jax.Array:
+        return product(x_NK) - _mm(a_MK * s_K, _mm(b_NK.conj().T, x_NK))
+
+    def system(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The two equations over s: its eigenvalues are 1 +- s[i] / s, i beyond K."""
+        x_MK, y_NK = pair
+        return (
+            x_MK - tail(y_NK, op.matmat, u_MK, v_NK) * inverse_K,
+            y_NK - tail(x_MK, op.rmatmat, v_NK, u_MK) * inverse_K,
+        )
+
+    outside = (
+        (dav_MK - _mm(u_MK, p_KK)) * inverse_K,
+        (dahu_NK - _mm(v_NK, _mm(v_NK.conj().T, dahu_NK))) * inverse_K,
+    )
+    x_MK, y_NK = jax.scipy.sparse.linalg.cg(system, outside, tol=tol, maxiter=1000)[0]
+    ds_K = jnp.diagonal(p_KK).real
+    return _mm(u_MK, inside_u) + x_MK, ds_K, _mm(v_NK, inside_v) + y_NK
 
 
 def _dense(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
@@ -489,5 +620,5 @@ def _subspace(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Arra
         v_NK,
         residual_K,
         products + k,
-        (residual_K <= (plan.tol or jnp.finfo(op.dtype).eps ** 0.75) * s_B[0]).all(),
+        (residual_K <= (plan.tol or jnp.finfo(op.dtype).eps ** (2 / 3)) * s_B[0]).all(),
     )
