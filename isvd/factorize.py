@@ -10,6 +10,7 @@ Axes: M rows, N columns, K rank, B block, W width of the Krylov basis.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -232,87 +233,13 @@ def _svd_forward(
 def _svd_backward(
     plan: _Plan, saved: tuple[LinearOperator, SVD], cotangent: SVD
 ) -> tuple[LinearOperator, None, None]:
-    """Pull a cotangent of (u, s, v) back to the arrays of an operator, by products with it.
-
-    The change of (u, s, v) is a function of dA v and dA^H u only (`svd_tangent`). Its transpose
-    says how the loss depends on these two blocks, and they are products of the operator.
-    """
-    op, (u_MK, s_K, v_NK, *_) = saved
-    tangent = functools.partial(svd_tangent, op, u_MK, s_K, v_NK, tol=plan.tol)
-    still = (jnp.zeros_like(u_MK), jnp.zeros_like(v_NK))
-    dav_MK, dahu_NK = jax.vjp(tangent, *still)[1]((cotangent.u_MK, cotangent.s_K, cotangent.v_NK))
-
-    # <w, A^H u> = <A w, u>: both blocks by products with A, so that arrays of A^H take no part.
-    columns_NX = jnp.hstack([v_NK, dahu_NK.conj()])
-    leaves, structure = jax.tree.flatten(op)
-    learned = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-
-    def product(arrays: list[jax.Array]) -> jax.Array:
-        given = iter(arrays)
-        filled = [next(given) if ok else leaf for ok, leaf in zip(learned, leaves, strict=True)]
-        return jax.tree.unflatten(structure, filled).matmat(columns_NX)
-
-    arrays = [leaf for ok, leaf in zip(learned, leaves, strict=True) if ok]
-    (slopes,) = jax.vjp(product, arrays)[1](jnp.hstack([dav_MK, u_MK.conj()]))
-    slopes = iter(slopes)
-    back = [
-        next(slopes) if ok else np.zeros(leaf.shape, jax.dtypes.float0)
-        for ok, leaf in zip(learned, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, back), None, None
+    op, factors = saved
+    tangent = functools.partial(_svd_tangent, op, factors, plan.tol)
+    given = (cotangent.u_MK, cotangent.s_K, cotangent.v_NK)
+    return pull_back(op, factors, tangent, given), None, None
 
 
 _svd.defvjp(_svd_forward, _svd_backward)
-
-
-def svd_tangent(
-    op: LinearOperator,
-    u_MK: jax.Array,
-    s_K: jax.Array,
-    v_NK: jax.Array,
-    dav_MK: jax.Array,
-    dahu_NK: jax.Array,
-    *,
-    tol: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """How (u, s, v) change with A, from dA v (M, K) and dA^H u (N, K).
-
-    Inside the span of the triplets the change is that of a full SVD; out of it x and y solve
-
-        s x - A' y = (I - u u^H) dA v,    s y - A'^H x = (I - v v^H) dA^H u,    A' = A - u s v^H,
-
-    which is positive definite for s > s[K], the first value left out, and is solved by conjugate
-    gradients: K columns of A and A^H each step. To drop A' would be the rule of a matrix of rank K.
-    Complex pairs turn so that both phases stay put.
-    """
-    p_KK = _mm(u_MK.conj().T, dav_MK)
-    gap_KK = (s_K - s_K[:, None]) * (s_K + s_K[:, None])  # s_j^2 - s_i^2
-    f_KK = jnp.where(gap_KK != 0, 1 / jnp.where(gap_KK != 0, gap_KK, 1), 0)
-    inside_u = f_KK * (p_KK * s_K + s_K[:, None] * p_KK.conj().T)
-    inside_v = f_KK * (s_K[:, None] * p_KK + p_KK.conj().T * s_K)
-    inverse_K = jnp.where(s_K > 0, 1 / jnp.where(s_K > 0, s_K, 1), 0)
-    if jnp.iscomplexobj(p_KK):
-        turn_KK = jnp.diag(0.5j * jnp.diagonal(p_KK).imag * inverse_K)
-        inside_u, inside_v = inside_u + turn_KK, inside_v - turn_KK
-
-    def tail(x_NK: jax.Array, product: Any, a_MK: jax.Array, b_NK: jax.Array) -> jax.Array:
-        return product(x_NK) - _mm(a_MK * s_K, _mm(b_NK.conj().T, x_NK))
-
-    def system(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """The two equations over s: its eigenvalues are 1 +- s[i] / s, i beyond K."""
-        x_MK, y_NK = pair
-        return (
-            x_MK - tail(y_NK, op.matmat, u_MK, v_NK) * inverse_K,
-            y_NK - tail(x_MK, op.rmatmat, v_NK, u_MK) * inverse_K,
-        )
-
-    outside = (
-        (dav_MK - _mm(u_MK, p_KK)) * inverse_K,
-        (dahu_NK - _mm(v_NK, _mm(v_NK.conj().T, dahu_NK))) * inverse_K,
-    )
-    x_MK, y_NK = jax.scipy.sparse.linalg.cg(system, outside, tol=tol, maxiter=1000)[0]
-    ds_K = jnp.diagonal(p_KK).real
-    return _mm(u_MK, inside_u) + x_MK, ds_K, _mm(v_NK, inside_v) + y_NK
 
 
 def _dense(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
@@ -332,6 +259,92 @@ def _signed(u_MK: jax.Array, v_NK: jax.Array) -> tuple[jax.Array, jax.Array]:
     size_1K = jnp.abs(peak_1K)
     turn_1K = jnp.where(size_1K > 0, peak_1K.conj() / jnp.where(size_1K > 0, size_1K, 1), 1)
     return u_MK * turn_1K, v_NK * turn_1K
+
+
+# Derivatives -------------------------------------------------------------------------------------
+
+
+def pull_back(
+    op: LinearOperator, factors: SVD, tangent: Callable[..., Any], cotangent: Any
+) -> LinearOperator:
+    """The cotangent of an operator from that of something made of its SVD.
+
+    Args:
+        tangent: (dA v, dA^H u) -> the change of that something: all that a change of A can do to
+            a truncated SVD goes through these two blocks. Its transpose says how a loss depends
+            on them, and they are products with the operator.
+    """
+    u_MK, v_NK = factors.u_MK, factors.v_NK
+    dav_MK, dahu_NK = jax.vjp(tangent, jnp.zeros_like(u_MK), jnp.zeros_like(v_NK))[1](cotangent)
+
+    # <w, A^H u> = <A w, u>: both blocks by products with A, so that arrays of A^H take no part.
+    columns_NX = jnp.hstack([v_NK, dahu_NK.conj()])
+    leaves, structure = jax.tree.flatten(op)
+    learned = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def product(arrays: list[jax.Array]) -> jax.Array:
+        given = iter(arrays)
+        filled = [next(given) if ok else leaf for ok, leaf in zip(learned, leaves, strict=True)]
+        return jax.tree.unflatten(structure, filled).matmat(columns_NX)
+
+    arrays = [leaf for ok, leaf in zip(learned, leaves, strict=True) if ok]
+    (slopes,) = jax.vjp(product, arrays)[1](jnp.hstack([dav_MK, u_MK.conj()]))
+    slopes = iter(slopes)
+    back = [
+        next(slopes) if ok else np.zeros(leaf.shape, jax.dtypes.float0)
+        for ok, leaf in zip(learned, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, back)
+
+
+def _svd_tangent(
+    op: LinearOperator, factors: SVD, tol: float, dav_MK: jax.Array, dahu_NK: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The change of (u, s, v). Complex pairs turn so that both phases stay put."""
+    u_MK, s_K, v_NK = factors[:3]
+    p_KK = _mm(u_MK.conj().T, dav_MK)
+    gap_KK = (s_K - s_K[:, None]) * (s_K + s_K[:, None])  # s_j^2 - s_i^2
+    f_KK = jnp.where(gap_KK != 0, 1 / jnp.where(gap_KK != 0, gap_KK, 1), 0)
+    inside_u = f_KK * (p_KK * s_K + s_K[:, None] * p_KK.conj().T)
+    inside_v = f_KK * (s_K[:, None] * p_KK + p_KK.conj().T * s_K)
+    if jnp.iscomplexobj(p_KK):
+        turn_KK = jnp.diag(0.5j * jnp.diagonal(p_KK).imag * inverse_of(s_K))
+        inside_u, inside_v = inside_u + turn_KK, inside_v - turn_KK
+    x_MK, y_NK = outside_span(op, factors, tol, dav_MK, dahu_NK)
+    ds_K = jnp.diagonal(p_KK).real
+    return _mm(u_MK, inside_u) + x_MK, ds_K, _mm(v_NK, inside_v) + y_NK
+
+
+def outside_span(
+    op: LinearOperator, factors: SVD, tol: float, dav_MK: jax.Array, dahu_NK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What u and v gain outside their span: x (M, K) and y (N, K) with
+
+        s x - A' y = (I - u u^H) dA v,    s y - A'^H x = (I - v v^H) dA^H u,    A' = A - u s v^H.
+
+    Positive definite for s > s[K], the first value left out, so conjugate gradients solve it, with
+    K columns of A and A^H each step. To drop A' would be the rule of a matrix of rank K.
+    """
+    u_MK, s_K, v_NK = factors[:3]
+    inverse_K = inverse_of(s_K)
+
+    def system(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Both equations over s: the eigenvalues are 1 +- s[i] / s, i from K on."""
+        x_MK, y_NK = pair
+        ay_MK = op.matmat(y_NK) - _mm(u_MK * s_K, _mm(v_NK.conj().T, y_NK))
+        ahx_NK = op.rmatmat(x_MK) - _mm(v_NK * s_K, _mm(u_MK.conj().T, x_MK))
+        return x_MK - ay_MK * inverse_K, y_NK - ahx_NK * inverse_K
+
+    given = (
+        (dav_MK - _mm(u_MK, _mm(u_MK.conj().T, dav_MK))) * inverse_K,
+        (dahu_NK - _mm(v_NK, _mm(v_NK.conj().T, dahu_NK))) * inverse_K,
+    )
+    return jax.scipy.sparse.linalg.cg(system, given, tol=tol, maxiter=1000)[0]
+
+
+def inverse_of(s_K: jax.Array) -> jax.Array:
+    """1 / s, and 0 for s = 0, where u and v have no derivative."""
+    return jnp.where(s_K > 0, 1 / jnp.where(s_K > 0, s_K, 1), 0)
 
 
 # Block Golub-Kahan bidiagonalisation -------------------------------------------------------------
