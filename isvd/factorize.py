@@ -99,9 +99,7 @@ def svd(
     Raises:
         ValueError: for a rank beyond min(M, N) and other values outside their range.
     """
-    plan = _checked_plan(
-        op, rank, method, tol, max_products, block, width, oversample, warm_start
-    )
+    plan = _checked_plan(op, rank, method, tol, max_products, block, width, oversample, warm_start)
     warm_NB = warm_start.v_NK if isinstance(warm_start, SVD) else warm_start
     return _svd(plan, _hoisted(op), key, warm_NB)
 
@@ -216,8 +214,12 @@ def _check_integer(name: str, value: Any, low: int, high: int | None = None, why
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-@functools.partial(jax.jit, static_argnums=0)
 def _svd(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
+    return _svd_jit(plan, op, key, warm_NB)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _svd_jit(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
     methods = {"dense": _dense, "krylov": _krylov, "subspace": _subspace}
     return methods[plan.method](plan, op, key, warm_NB)
 
@@ -389,9 +391,7 @@ def _krylov(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array 
         products += plan.block
     right_NB = op.rmatmat(left_MB)
     scale = _positive(jnp.abs(right_NB).max())  # so that squares neither overflow nor underflow
-    next_NB, _ = _next_block(
-        start_key, right_NB / scale, jnp.zeros((plan.width, op.shape[1]), op.dtype), 0, 1.0
-    )
+    next_NB, _ = orthonormalize(right_NB / scale)
 
     def unfinished(c: _Cycle) -> jax.Array:
         return ~c.done & (c.products < plan.max_products)
@@ -496,16 +496,14 @@ def _search_copies(plan: _Plan, c: _Cycle, key: jax.Array, dropped: jax.Array) -
     """Keep what has converged, and go on from random columns that are orthogonal to it."""
     keep_W1 = (jnp.arange(plan.width) < plan.locked)[:, None]
     v_WN = jnp.where(keep_W1, c.v_WN, 0)
-    known_WN = _put(v_WN, c.next_NB.T, plan.locked, 0)
-    filled = plan.locked + plan.block
+    known_WN = _put(v_WN, c.next_NB.T, plan.locked, 0)  # A^H u has a part along the old block
     random_NB = jax.random.normal(key, c.next_NB.shape, c.next_NB.dtype)
-    next_NB, _ = _next_block(key, random_NB, known_WN, filled, 1.0)
     return c._replace(
         u_WM=jnp.where(keep_W1, c.u_WM, 0),
         v_WN=v_WN,
         s_W=jnp.where(keep_W1[:, 0], c.s_W, 0),
         tail_BW=jnp.zeros_like(c.tail_BW),
-        next_NB=next_NB,
+        next_NB=_orthonormalize_beside(random_NB, known_WN)[0],
         filled=jnp.int32(plan.locked),
         dropped=jnp.maximum(c.dropped, dropped),
         searched_K=c.s_W[: plan.rank],
@@ -513,59 +511,67 @@ def _search_copies(plan: _Plan, c: _Cycle, key: jax.Array, dropped: jax.Array) -
 
 
 def _next_block(
-    key: jax.Array, z_NB: jax.Array, basis_WN: jax.Array, filled: Any, size: Any
+    key: jax.Array, z_NB: jax.Array, basis_WN: jax.Array, filled: jax.Array, size: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Q, R with z = basis (...) + Q R, Q orthonormal and orthogonal to the filled rows of the basis.
 
     Directions of z at rounding of `size` are noise: there Q has random columns, and R zero rows, so
     that the iteration goes on from them when the subspace so far is invariant.
     """
-    z_NB, along = _project(z_NB, basis_WN, filled)
+    z_NB, along = _project_filled(z_NB, basis_WN, filled)
     q_NB, r_BB = orthonormalize(z_NB)
+    floor = 10 * jnp.finfo(z_NB.dtype).eps * size
 
     def again() -> tuple[jax.Array, jax.Array]:
-        twice_NB, more_BB = orthonormalize(_project(q_NB, basis_WN, filled)[0])
-        return twice_NB, _mm(more_BB, r_BB)
+        twice_NB, more_BB = orthonormalize(_project(q_NB, basis_WN)[0])
+        twice_BB = _mm(more_BB, r_BB)
+        turn_BB, s_B, vh_BB = jnp.linalg.svd(twice_BB)
+        noise_B = ~(s_B > floor)
+        random_NB = jax.random.normal(key, z_NB.shape, z_NB.dtype)
+        full_NB = jnp.where(noise_B, random_NB, _mm(twice_NB, turn_BB))
+        full_NB, flip_B = _orthonormalize_beside(full_NB, basis_WN)
+        full_NB *= flip_B  # the columns that are no noise stay what they are
+        full_BB = jnp.where(noise_B, 0, s_B)[:, None] * vh_BB
+        return jax.lax.cond(noise_B.any(), lambda: (full_NB, full_BB), lambda: (twice_NB, twice_BB))
 
     # A pass leaves the basis' own defect times what it took away. The recurrence leaves it little
     # to take away, so that a second pass is needed only where little is left of z.
     smallest = jnp.abs(jnp.diagonal(r_BB)).min()
-    q_NB, r_BB = jax.lax.cond(along < 0.01 * smallest, lambda: (q_NB, r_BB), again)
-    floor = 10 * jnp.finfo(z_NB.dtype).eps * size
-
-    def completed() -> tuple[jax.Array, jax.Array]:
-        turn_BB, s_B, vh_BB = jnp.linalg.svd(r_BB)
-        noise_B = ~(s_B > floor)
-        random_NB = jax.random.normal(key, z_NB.shape, z_NB.dtype)
-        full_NB = jnp.where(noise_B, random_NB, _mm(q_NB, turn_BB))
-        for _ in range(2):
-            full_NB, flip_BB = orthonormalize(_project(full_NB, basis_WN, filled)[0])
-            full_NB = full_NB * jnp.sign(jnp.diagonal(flip_BB))  # kept columns stay what they are
-        return full_NB, jnp.where(noise_B, 0, s_B)[:, None] * vh_BB
-
-    deficient = ~(jnp.abs(jnp.diagonal(r_BB)).min() > floor)
-    return jax.lax.cond(deficient, completed, lambda: (q_NB, r_BB))
+    enough = (along < 0.01 * smallest) & (smallest > floor)
+    return jax.lax.cond(enough, lambda: (q_NB, r_BB), again)
 
 
-def _project(
-    z_NB: jax.Array, basis_WN: jax.Array, filled: Any
-) -> tuple[jax.Array, jax.Array]:
-    """z - basis^H (basis z), and the norm of basis z.
+def _orthonormalize_beside(z_NB: jax.Array, basis_WN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An orthonormal block, orthogonal to a basis, and the signs that give the columns of z.
 
-    Of the basis as much is read, in quarters, as holds the filled rows.
+    The signs mean something where z was such a block up to later columns.
     """
+    once_NB, first_BB = orthonormalize(_project(z_NB, basis_WN)[0])
+    twice_NB, second_BB = orthonormalize(_project(once_NB, basis_WN)[0])
+    return twice_NB, _phase(jnp.diagonal(first_BB)) * _phase(jnp.diagonal(second_BB))
+
+
+def _phase(x: jax.Array) -> jax.Array:
+    size = jnp.abs(x)
+    return jnp.where(size > 0, x / jnp.where(size > 0, size, 1), 1)
+
+
+def _project(z_NB: jax.Array, basis_WN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """z - basis^H (basis z), and the norm of basis z."""
+    along_WB = _mm(basis_WN.conj(), z_NB)
+    return z_NB - _mm(basis_WN.T, along_WB), jnp.linalg.norm(along_WB)
+
+
+def _project_filled(
+    z_NB: jax.Array, basis_WN: jax.Array, filled: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same, reading in quarters as much of the basis as holds the filled rows."""
     width = basis_WN.shape[0]
     sizes = sorted({-(-width * i // 4) for i in range(1, 5)})
-
-    def with_rows(size: int) -> tuple[jax.Array, jax.Array]:
-        part_WN = basis_WN[:size]
-        along_WB = _mm(part_WN.conj(), z_NB)
-        return z_NB - _mm(part_WN.T, along_WB), jnp.linalg.norm(along_WB)
-
+    parts = [functools.partial(_project, z_NB, basis_WN[:size]) for size in sizes]
     none = jnp.zeros((), jnp.finfo(z_NB.dtype).dtype)
-    branches = [lambda: (z_NB, none), *(functools.partial(with_rows, size) for size in sizes)]
     which = jnp.searchsorted(jnp.array([0, *sizes]), filled)
-    return jax.lax.switch(which, branches)
+    return jax.lax.switch(which, [lambda: (z_NB, none), *parts])
 
 
 def _put(x: jax.Array, part: jax.Array, row: Any, column: Any) -> jax.Array:

@@ -118,9 +118,7 @@ def _filter(s_K: jax.Array, ridge: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _pinv_solve(
-    op: LinearOperator, factors: SVD, y_MC: jax.Array, ridge: jax.Array
-) -> jax.Array:
+def _pinv_solve(op: LinearOperator, factors: SVD, y_MC: jax.Array, ridge: jax.Array) -> jax.Array:
     return _solve(factors, y_MC, ridge)
 
 
@@ -210,9 +208,7 @@ def frobenius_norm(
 
 
 @functools.partial(jax.jit, static_argnames="samples")
-def trace(
-    op: LinearOperator, key: jax.Array, *, samples: int = 48
-) -> tuple[jax.Array, jax.Array]:
+def trace(op: LinearOperator, key: jax.Array, *, samples: int = 48) -> tuple[jax.Array, jax.Array]:
     """An estimate of tr(A) from `samples` products, and its standard error.
 
     Hutch++ (Meyer, Musco, Musco and Woodruff, SOSA 2021): exact on the range of a third of them,

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import sparse as jax_sparse
 from jax.tree_util import Partial
 
-from isvd.operators import LinearOperator, _checked_shape, _Static
+from isvd.operators import LinearOperator, _checked_shape, _Static, dtype_of
 
 # On CPU the kernel takes as long for fewer columns as for this many, or longer.
 _LEAST_COLUMNS = 8
@@ -98,14 +98,18 @@ def sparse_from_entries(
         (columns_E, rows_E, shape[1], values_E.conj()),
     ):
         order_E = np.lexsort((inner_E, outer_E))
-        start = np.concatenate([[0], np.cumsum(np.bincount(outer_E.astype(np.int64), minlength=size))])
+        start = np.concatenate(
+            [[0], np.cumsum(np.bincount(outer_E.astype(np.int64), minlength=size))]
+        )
         sides.append((values[order_E], inner_E[order_E], start))
     return _operator(sides, shape)
 
 
 def _operator(sides: list, shape: tuple[int, int]) -> LinearOperator:
     products = [
-        Partial(_compressed_rows, values, *(jnp.asarray(i, jnp.int32) for i in index), _Static(size))
+        Partial(
+            _compressed_rows, values, *(jnp.asarray(i, jnp.int32) for i in index), _Static(size)
+        )
         for (values, *index), size in zip(sides, reversed(shape), strict=True)
     ]
     return LinearOperator(*products, tuple(map(int, shape)), sides[0][0].dtype)
@@ -137,6 +141,6 @@ def _check_size(num_entries: int) -> None:
 
 
 def _entry_dtype(given: np.dtype, wanted: Any) -> np.dtype:
-    if wanted is None:
-        wanted = given if jnp.issubdtype(given, jnp.inexact) else jnp.float32
-    return jnp.zeros((), wanted).dtype
+    if wanted is not None:
+        return dtype_of(wanted)
+    return jax.dtypes.canonicalize_dtype(given if jnp.issubdtype(given, jnp.inexact) else "float32")

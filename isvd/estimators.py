@@ -1,0 +1,172 @@
+"""Estimators with scikit-learn's interface, for its pipelines: `TruncatedSVD` and `PCA`.
+
+They take arrays, scipy sparse matrices and operators, and never make a sparse matrix dense: PCA
+subtracts the mean as an operator of rank one. scikit-learn has to be installed.
+
+Axes: M samples, N features, K components.
+"""
+
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from isvd.algebra import centered
+from isvd.factorize import svd
+from isvd.operators import LinearOperator, dense
+from isvd.solve import frobenius_norm
+from isvd.spmm import sparse
+
+
+class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Linear dimensionality reduction by the leading singular vectors, without centring.
+
+    Args:
+        n_components: K, from 1 to min(M, N).
+        tol: residual to reach, relative to the largest singular value; by default as of
+            `isvd.svd`.
+        random_state: a number, numpy's RandomState, or None for one that numpy draws.
+
+    Attributes:
+        components_: (K, N), rows orthonormal; the entry of largest modulus of each is positive.
+        singular_values_: (K,), largest first.
+        explained_variance_, explained_variance_ratio_: (K,), of the transformed training data, and
+            over the total variance of the features.
+        residuals_: (K,), how far each triplet is from being singular.
+        n_iter_: columns multiplied.
+    """
+
+    _centers = False
+
+    def __init__(
+        self, n_components: int = 2, *, tol: float | None = None, random_state: Any = None
+    ):
+        self.n_components = n_components
+        self.tol = tol
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Factor a matrix (M, N): an array, a scipy sparse matrix, or an operator."""
+        self._fit(X)
+        return self
+
+    def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
+        """The training data in terms of the components, (M, K): u times the singular values."""
+        u_MK = self._fit(X)
+        return u_MK * self.singular_values_
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Other data of as many features in terms of the components, (M, K)."""
+        check_is_fitted(self, "components_")
+        op, _ = self._operator(X, reset=False)
+        components_NK = jnp.asarray(self.components_.T, op.dtype)
+        scores_MK = np.asarray(op.matmat(components_NK))
+        return scores_MK - self.mean_.astype(op.dtype) @ self.components_.T.astype(op.dtype)
+
+    def inverse_transform(self, X: Any) -> np.ndarray:
+        """The features (M, N) that components (M, K) stand for."""
+        check_is_fitted(self, "components_")
+        X = np.asarray(X)
+        if X.ndim != 2 or X.shape[1] != len(self.components_):
+            raise ValueError(f"X has shape {X.shape}, expected (M, {len(self.components_)})")
+        return X @ self.components_ + self.mean_
+
+    def _fit(self, X: Any) -> np.ndarray:
+        op, entries = self._operator(X, reset=True)
+        num_samples, num_features = op.shape
+        least = 2 if self._centers else 1
+        if num_samples < least:
+            raise ValueError(
+                f"n_samples={num_samples}, expected at least {least}: one has no spread"
+            )
+        limit = min(op.shape)
+        rank = self.n_components
+        if (
+            isinstance(rank, bool)
+            or not isinstance(rank, int | np.integer)
+            or not 1 <= rank <= limit
+        ):
+            raise ValueError(
+                f"n_components={rank!r}, expected a whole number from 1 to {limit}, the lesser of "
+                f"n_samples={num_samples} and n_features={num_features}"
+            )
+        key_svd, key_norm = jax.random.split(jax.random.key(self._seed()))
+        one_M1 = jnp.ones((num_samples, 1), op.dtype)
+        mean_N = np.asarray(op.rmatmat(one_M1))[:, 0] / num_samples
+        around = centered(op, jnp.asarray(mean_N, op.dtype))
+        factors = svd(around if self._centers else op, key_svd, rank=int(rank), tol=self.tol)
+        u_MK, s_K, v_NK = (np.asarray(part) for part in factors[:3])
+        peak_K = v_NK[np.abs(v_NK).argmax(0), np.arange(rank)]
+        turn_K = np.where(peak_K < 0, -1, 1).astype(v_NK.dtype)
+        u_MK, v_NK = u_MK * turn_K, v_NK * turn_K
+
+        if entries is None:
+            total = float(frobenius_norm(around, key_norm, samples=256)[0])
+        else:
+            total = _sum_of_squares(entries) - num_samples * _sum_of_squares(mean_N)
+        count = num_samples - 1 if self._centers else num_samples
+        scores_MK = u_MK * s_K
+        variance_K = np.square(s_K) / count if self._centers else scores_MK.var(0)
+        self.components_ = np.ascontiguousarray(v_NK.T)
+        self.mean_ = mean_N if self._centers else np.zeros_like(mean_N)
+        self.singular_values_ = s_K
+        self.explained_variance_ = variance_K
+        whole = total / count
+        self.explained_variance_ratio_ = variance_K / (whole if whole > 0 else 1)
+        self.residuals_ = np.asarray(factors.residual_K)
+        self.n_iter_ = int(factors.products)
+        self._n_features_out = int(rank)
+        return u_MK
+
+    def _operator(self, X: Any, *, reset: bool) -> tuple[LinearOperator, np.ndarray | None]:
+        """X as an operator, and its entries where they are in memory."""
+        if isinstance(X, LinearOperator):
+            if reset:
+                self.n_features_in_ = X.shape[1]
+            elif X.shape[1] != self.n_features_in_:
+                raise ValueError(
+                    f"X has {X.shape[1]} features, but {type(self).__name__} is expecting "
+                    f"{self.n_features_in_} features as input"
+                )
+            return X, None
+        X = validate_data(
+            self,
+            X,
+            reset=reset,
+            accept_sparse=["csr", "csc", "coo"],
+            dtype=[np.float64, np.float32],
+            ensure_min_samples=2 if reset and self._centers else 1,
+        )
+        if scipy.sparse.issparse(X):
+            return sparse(X), X.data
+        return dense(X), X
+
+    def _seed(self) -> int:
+        if isinstance(self.random_state, int | np.integer):
+            return int(self.random_state)
+        state = np.random.mtrand._rand if self.random_state is None else self.random_state
+        return int(state.randint(2**31 - 1))
+
+
+class PCA(TruncatedSVD):
+    """Principal components: `TruncatedSVD` of the features around their mean.
+
+    Attributes:
+        mean_: (N,). The others are those of `TruncatedSVD`; explained variances are over M - 1.
+    """
+
+    _centers = True
+
+
+def _sum_of_squares(x: np.ndarray) -> float:
+    return float(np.square(x.astype(np.float64)).sum())

@@ -1,0 +1,357 @@
+"""Node classification in closed form: least squares on propagated features, by an SVD.
+
+The linear jumping-knowledge network M W, M = [Z | A Z | ... | A^L Z], is fitted by
+W = V f(S) U^T Y from the SVD of the training rows of M. Averaging the scores of several fits is
+averaging their weights, so an ensemble over dropout draws is one linear model again.
+
+Axes: N nodes, F features, C classes, D = (L + 1) F columns of the design, T training nodes,
+V validation nodes, K rank, G settings that are compared, R ranks, P ridges.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from isvd.algebra import centered, hstack, take_rows
+from isvd.design import link_operator, normalized_adjacency, propagated
+from isvd.factorize import SVD, svd
+from isvd.linkpred import embeddings
+from isvd.operators import LinearOperator, dense
+from isvd.solve import pinv_solve
+from isvd.spmm import sparse
+
+
+class Fit(NamedTuple):
+    """A classifier, and what the validation nodes said about the settings that were tried.
+
+    Attributes:
+        scores_NC: M W. The prediction is the argmax.
+        weights_DC: W, the mean over dropout draws.
+        rank, ridge: the settings with the best validation accuracy; among equals the larger ridge,
+            then the smaller rank.
+        accuracy_RP: validation accuracy, 0 to 1, of each rank and ridge that was tried.
+    """
+
+    scores_NC: jax.Array
+    weights_DC: jax.Array
+    rank: int
+    ridge: float
+    accuracy_RP: np.ndarray
+
+
+# Least squares -----------------------------------------------------------------------------------
+
+
+def closed_form(
+    factors: SVD,
+    targets_TC: jax.Array,
+    *,
+    rank: int | None = None,
+    cutoff: float | None = None,
+    ridge: Any = 0.0,
+) -> jax.Array:
+    """w_DC = V f(S) U^T Y, with f(s) = s / (s^2 + ridge * s[0]^2) for the leading `rank` triplets.
+
+    Without a ridge, and with all triplets, these are the weights of least norm among those of
+    least squares.
+
+    Args:
+        factors: the SVD of the training rows (T, D).   targets_TC: Y.
+        rank: triplets that are used; all of them by default.
+        cutoff: triplets with s <= cutoff * s[0] are left out; by default those at rounding,
+            max(T, D) * eps.
+        ridge: relative to s[0]^2, at least 0; may be traced.
+    Raises:
+        ValueError: if shapes do not fit or the rank is outside 1 to K.
+    Source: section 3, W = M^+ Y.
+    """
+    if targets_TC.ndim != 2:
+        raise ValueError(f"targets_TC has shape {targets_TC.shape}, expected (rows, classes)")
+    limit = factors.s_K.shape[0]
+    rank = limit if rank is None else rank
+    if not 1 <= rank <= limit:
+        raise ValueError(f"rank={rank}, expected 1 to {limit}, the triplets there are")
+    part = SVD(factors.u_MK[:, :rank], factors.s_K[:rank], factors.v_NK[:, :rank], *factors[3:])
+    return pinv_solve(part, targets_TC, rcond=cutoff, ridge=ridge * factors.s_K[0] ** 2)
+
+
+def accuracy(scores_NC: Any, labels_N: Any, index_I: Any) -> float:
+    """The fraction of the nodes `index_I` whose largest score is that of their label.
+
+    Raises:
+        ValueError: if there are none, some are outside 0 to N - 1, or have no label (-1).
+    """
+    scores_NC, labels_N = np.asarray(scores_NC), np.asarray(labels_N)
+    index_I = _checked_nodes("index_I", index_I, labels_N)
+    if scores_NC.ndim != 2 or len(scores_NC) != len(labels_N):
+        raise ValueError(
+            f"scores_NC has shape {scores_NC.shape}, expected ({len(labels_N)}, classes)"
+        )
+    return float((scores_NC[index_I].argmax(1) == labels_N[index_I]).mean())
+
+
+def _checked_nodes(name: str, index: Any, labels_N: np.ndarray) -> np.ndarray:
+    index = np.asarray(index)
+    if index.ndim != 1 or not index.size or not np.issubdtype(index.dtype, np.integer):
+        raise ValueError(
+            f"{name} has shape {index.shape} and dtype {index.dtype}, expected integers on one "
+            "axis, not empty"
+        )
+    if index.min() < 0 or index.max() >= len(labels_N):
+        bad = index.min() if index.min() < 0 else index.max()
+        raise ValueError(f"{name} has node {bad}, expected 0 to {len(labels_N) - 1}")
+    missing = labels_N[index] < 0
+    if missing.any():
+        raise ValueError(
+            f"{name} has {missing.sum()} nodes without a label, the first is {index[missing][0]}"
+        )
+    return index
+
+
+# Features ----------------------------------------------------------------------------------------
+
+
+def node_embedding(
+    adjacency: Any,
+    key: jax.Array,
+    *,
+    rank: int = 64,
+    window: int = 3,
+    negative_weight: float = 0.05,
+    tol: float | None = None,
+) -> jax.Array:
+    """[U sqrt(s) | V sqrt(s)], (N, 2 rank), of the walk matrix with P = D^-1 A, no degree factor.
+
+    Source: section 3; the reference multiplies by P where P^T is meant, which we do not.
+    """
+    walks = link_operator(
+        adjacency,
+        window=window,
+        negative_weight=negative_weight,
+        symmetric=False,
+        degree_factor=False,
+    )
+    return jnp.hstack(embeddings(svd(walks, key, rank=rank, tol=tol)))
+
+
+def principal_components(features: LinearOperator, key: jax.Array, *, rank: int) -> jax.Array:
+    """The scores of the leading principal components, (N, rank): U diag(s) of the centred features.
+
+    Up to a quarter of min(N, F), `svd` of the operator. From there on nearly the whole spectrum is
+    wanted, and Krylov bases cost more than the eigenvectors of the Gram matrix of the shorter side,
+    which is made from products and has min(N, F)^2 entries. Its squares lose components below
+    sqrt(eps) of the first: in float32 those with less than 1e-7 of its variance come out as noise
+    of that size.
+
+    Raises:
+        ValueError: if the rank is outside 1 to min(N, F).
+    """
+    shortest = min(features.shape)
+    if not 1 <= rank <= shortest:
+        raise ValueError(
+            f"rank={rank}, expected 1 to {shortest}: the features have shape {features.shape}"
+        )
+    if 4 * rank <= shortest:
+        factors = svd(centered(features), key, rank=rank)
+        return factors.u_MK * factors.s_K
+    return _components_by_gram(rank, features)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _components_by_gram(rank: int, features: LinearOperator) -> jax.Array:
+    a = centered(features)
+    tall = a.shape[0] >= a.shape[1]
+    eye = jnp.eye(min(a.shape), dtype=a.dtype)
+    gram = a.rmatmat(a.matmat(eye)) if tall else a.matmat(a.rmatmat(eye))
+    value_K, vector = jnp.linalg.eigh((gram + gram.conj().T) / 2)
+    value_K, vector = value_K[::-1][:rank], vector[:, ::-1][:, :rank]
+    return a.matmat(vector) if tall else vector * jnp.sqrt(jnp.maximum(value_K, 0))
+
+
+def planetoid_features(
+    adjacency: Any,
+    features: Any,
+    key: jax.Array,
+    *,
+    embedding_rank: int = 64,
+    pca_rank: int | None = 1000,
+) -> LinearOperator:
+    """Z = [PCA of [X | R] | R] with R the node embedding, (N, pca_rank + 2 embedding_rank).
+
+    With `pca_rank=None` the centred [X | R] takes the place of its components. Nothing is lost and
+    nothing dense is formed: least squares depends on Z only through Z Z^T, which the rotation to
+    principal components leaves alone; what differs is the tail that they cut off, and which
+    entries dropout drops.
+
+    Args:
+        adjacency: (N, N), scipy sparse.   features: X, (N, F), scipy sparse or dense.
+        pca_rank: cut to min(N, F + 2 embedding_rank).
+    Source: section 3 and the reference's Planetoid script.
+    """
+    key_embed, key_pca = jax.random.split(key)
+    embedding = dense(node_embedding(adjacency, key_embed, rank=embedding_rank))
+    x = sparse(features) if hasattr(features, "tocsr") else dense(features)
+    both = hstack([x, embedding])
+    if pca_rank is None:
+        return hstack([centered(both), embedding])
+    rank = min(pca_rank, *both.shape)
+    z_NK = principal_components(both, key_pca, rank=rank)
+    return dense(jnp.hstack([z_NK, embedding.matmat(jnp.eye(embedding.shape[1]))]))
+
+
+# Fit ---------------------------------------------------------------------------------------------
+
+
+def fit(
+    design: LinearOperator,
+    labels_N: Any,
+    train_T: Any,
+    validation_V: Any,
+    key: jax.Array,
+    *,
+    ranks: Sequence[int] = (50, 75, 100, 140),
+    ridges: Sequence[float] = (0.0, 1e-3, 1e-2),
+    draws: int = 8,
+    copies: int = 1,
+    rate: float = 0.5,
+) -> Fit:
+    """Fit the linear classifier to the training nodes; validation nodes choose rank and ridge.
+
+    Each draw stacks the training rows on `copies` of them whose entries are dropped with
+    probability `rate`, the others divided by 1 - rate. The mask falls on the design, after
+    propagation. The weights of all draws are averaged, which averages their scores.
+
+    Args:
+        design: M, (N, D), such as `design.propagated`. Labels of other nodes than the two sets are
+            not looked at.
+        ranks: triplets to use; those beyond the rows of a draw are left out.
+        ridges: relative to s[0]^2.
+        draws: 0 fits the clean rows alone, without forming them (copies and rate are not used).
+    Raises:
+        ValueError: for nodes out of range or without a label, less than two classes in the
+            training rows, training rows that are all zero, or settings outside their range.
+    Source: section 3; one draw, one rank and no ridge are the paper's "iSVD + dropout".
+    """
+    labels_N = np.asarray(labels_N)
+    if labels_N.shape != (design.shape[0],):
+        raise ValueError(f"labels_N has shape {labels_N.shape}, expected ({design.shape[0]},)")
+    train_T = _checked_nodes("train_T", train_T, labels_N)
+    validation_V = _checked_nodes("validation_V", validation_V, labels_N)
+    if len(set(labels_N[train_T].tolist())) < 2:
+        raise ValueError("the training nodes have one class, expected two or more")
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate={rate}, expected from 0 to less than 1")
+    for name, value, least in (("draws", draws, 0), ("copies", copies, 1)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name}={value!r}, expected a whole number, at least {least}")
+    limit = min(len(train_T) * (1 + copies * (draws > 0)), design.shape[1])
+    ranks = tuple(sorted({min(int(rank), limit) for rank in ranks}))
+    ridges = tuple(float(ridge) for ridge in ridges)
+    if not ranks or ranks[0] < 1 or not ridges or min(ridges) < 0:
+        raise ValueError(f"ranks={ranks} and ridges={ridges}: expected some, from 1 and from 0")
+
+    classes = int(labels_N[train_T].max()) + 1
+    targets_TC = jnp.asarray(np.eye(classes)[labels_N[train_T]], design.dtype)
+    rows = take_rows(design, train_T)
+    ridge_P = jnp.asarray(ridges, design.dtype)
+    if draws:
+        settings = (ranks, int(draws), int(copies), float(rate))
+        weights_DGC, size = _average_weights(settings, rows, targets_TC, ridge_P, key)
+    else:
+        factors = svd(rows, key, rank=ranks[-1])
+        weights_DGC, size = _weights_by_setting(ranks, factors, targets_TC, ridge_P), factors.s_K[0]
+    if not size > 0:  # NaN is not
+        raise ValueError(
+            "the training rows of the design are all zero or not finite: do the nodes have features?"
+        )
+    return _chosen(design, weights_DGC, labels_N, validation_V, ranks, ridges)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _average_weights(
+    settings: tuple, rows: LinearOperator, targets_TC: jax.Array, ridge_P: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    ranks, draws, copies, rate = settings
+    rows_TD = rows.to_dense()
+    targets = jnp.tile(targets_TC, (1 + copies, 1))
+
+    def one_draw(total: tuple, key: jax.Array) -> tuple[tuple, None]:
+        key_mask, key_svd = jax.random.split(key)
+        keep = jax.random.bernoulli(key_mask, 1 - rate, (copies, *rows_TD.shape))
+        noisy = jnp.where(keep, rows_TD / (1 - rate), 0).reshape(-1, rows_TD.shape[1])
+        factors = svd(dense(jnp.vstack([rows_TD, noisy])), key_svd, rank=ranks[-1])
+        weights_DGC = _weights_by_setting(ranks, factors, targets, ridge_P)
+        return (total[0] + weights_DGC / draws, jnp.maximum(total[1], factors.s_K[0])), None
+
+    shape = (rows.shape[1], len(ranks) * len(ridge_P), targets_TC.shape[1])
+    start = (jnp.zeros(shape, rows_TD.dtype), jnp.zeros((), rows_TD.dtype))
+    return jax.lax.scan(one_draw, start, jax.random.split(key, draws))[0]
+
+
+def _weights_by_setting(
+    ranks: tuple[int, ...], factors: SVD, targets_TC: jax.Array, ridge_P: jax.Array
+) -> jax.Array:
+    """w_DGC of every rank and ridge: the triplets are shared, only f(s) differs."""
+    settings = [(rank, ridge) for rank in ranks for ridge in ridge_P]
+    each = [closed_form(factors, targets_TC, rank=k, ridge=ridge) for k, ridge in settings]
+    return jnp.stack(each, axis=1)
+
+
+def _chosen(
+    design: LinearOperator,
+    weights_DGC: jax.Array,
+    labels_N: np.ndarray,
+    validation_V: np.ndarray,
+    ranks: tuple[int, ...],
+    ridges: tuple[float, ...],
+) -> Fit:
+    """Scores of all settings by one product; the validation nodes choose."""
+    num_columns, num_settings, classes = weights_DGC.shape
+    scores = _matmat(design, weights_DGC.reshape(num_columns, -1))
+    scores_NGC = scores.reshape(-1, num_settings, classes)
+    accuracy_G = [accuracy(scores_NGC[:, g], labels_N, validation_V) for g in range(num_settings)]
+    accuracy_RP = np.reshape(accuracy_G, (len(ranks), len(ridges)))
+    order = [(ridge, -rank) for rank in ranks for ridge in ridges]
+    best = max(range(num_settings), key=lambda g: (accuracy_G[g], *order[g]))
+    ridge, minus_rank = order[best]
+    return Fit(scores_NGC[:, best], weights_DGC[:, best], -minus_rank, ridge, accuracy_RP)
+
+
+@jax.jit
+def _matmat(op: LinearOperator, x_NC: jax.Array) -> jax.Array:
+    return op.matmat(x_NC)
+
+
+def classify(
+    adjacency: Any,
+    features: Any,
+    labels_N: Any,
+    train_T: Any,
+    validation_V: Any,
+    key: jax.Array,
+    *,
+    num_hops: int = 15,
+    embedding_rank: int = 64,
+    pca_rank: int | None = 1000,
+    **fit_options: Any,
+) -> Fit:
+    """The paper's Planetoid pipeline, from the graph to the scores.
+
+    Args:
+        adjacency: (N, N), scipy sparse, symmetric, of 0 and 1.   features: X, (N, F).
+        labels_N: -1 where unknown. Only those of the two sets are looked at.
+        num_hops, embedding_rank, pca_rank: as in `design.propagated` and `planetoid_features`.
+        fit_options: of `fit`.
+    Source: section 3. Beyond the reference: validation nodes choose rank and ridge, and eight
+        dropout draws are averaged; `ranks=(100,), ridges=(0.0,), draws=1` is the reference.
+    """
+    key_features, key_fit = jax.random.split(key)
+    z = planetoid_features(
+        adjacency, features, key_features, embedding_rank=embedding_rank, pca_rank=pca_rank
+    )
+    design = propagated(sparse(normalized_adjacency(adjacency)), z, num_hops)
+    return fit(design, labels_N, train_T, validation_V, key_fit, **fit_options)

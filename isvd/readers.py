@@ -1,0 +1,773 @@
+"""Graphs from files: edge lists, the link-prediction splits and the citation graphs of the paper.
+
+Everything here is numpy and scipy. `read_edges` takes edge lists of many formats, `adjacency` makes
+the matrix, `split_edges` holds edges out; `read_asymproj` and `read_planetoid` read data sets as
+their authors publish them. A file that is damaged is refused with the place and the reason.
+
+Axes: E edges, N nodes, F features, I positions in a list of nodes; a literal 2 for the two ends.
+"""
+
+import csv
+import gzip
+import itertools
+import math
+import os
+import pickle
+import re
+import warnings
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse
+
+_MOST_NODES = 2**31 - 1  # ids are int32
+_GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
+# Suffix, without a last .gz, -> what separates columns; None is any white space.
+_TEXT = {".csv": ",", ".tsv": "\t", ".txt": None, ".edges": None, "": None}
+_COMMENT = re.compile(r"(^|\s)[#%].*")
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
+
+
+class Graph(NamedTuple):
+    """A graph as a list of edges.
+
+    Attributes:
+        edges_E2: int32, every edge once, ids 0 to num_nodes - 1.
+        num_nodes: with those that have no edge.
+        names: names[i] is the id that node i has in the file, or None if ids are those of the file.
+        num_repeated: rows of the file that repeat an earlier edge, and were left out.
+        num_loops: edges from a node to itself, which are kept.
+    """
+
+    edges_E2: np.ndarray
+    num_nodes: int
+    names: np.ndarray | None = None
+    num_repeated: int = 0
+    num_loops: int = 0
+
+
+class LinkSplit(NamedTuple):
+    """Edges to learn from, and pairs to tell apart: `test_E2` are edges, `test_negative_E2` none.
+
+    All are int32, with ids 0 to num_nodes - 1. The lengths of the three differ.
+    """
+
+    train_E2: np.ndarray
+    test_E2: np.ndarray
+    test_negative_E2: np.ndarray
+    num_nodes: int
+
+
+class Citations(NamedTuple):
+    """A citation graph with bags of words, for the classification of its nodes.
+
+    Attributes:
+        adjacency: csr_array (N, N) float32 of 0 and 1, symmetric; loops of the data are in it.
+        features: csr_array (N, F) float32, as in the files: not normalised.
+        labels_N: int32, 0 to num_classes - 1, or -1 for a node that has none.
+        train_I, validation_I, test_I: int32 ids, sorted and disjoint. The other nodes carry labels
+            too, which the task does not allow to learn from.
+    """
+
+    adjacency: scipy.sparse.csr_array
+    features: scipy.sparse.csr_array
+    labels_N: np.ndarray
+    num_classes: int
+    train_I: np.ndarray
+    validation_I: np.ndarray
+    test_I: np.ndarray
+
+
+# From edges to a matrix and to a split -----------------------------------------------------------
+
+
+def adjacency(
+    edges_E2: Any,
+    num_nodes: int,
+    *,
+    directed: bool = False,
+    loops: str = "keep",
+    repeated: str = "sum",
+) -> scipy.sparse.csr_array:
+    """The adjacency matrix (N, N) of a list of edges, float32 and in sorted rows.
+
+    Args:
+        edges_E2: integers, ids 0 to num_nodes - 1.
+        directed: A[i, j] is of the edge from i to j. By default each edge is joined with its
+            reverse, and the matrix is symmetric.
+        loops: "keep" those of the list, "drop" them, or "add": one of weight 1 at every node, in
+            place of those of the list.
+        repeated: "sum" counts an entry as often as it is met, as the paper does. So an edge that
+            is listed twice has weight 2, and so has a loop of an undirected graph, which is its
+            own reverse. "one" gives a matrix of 0 and 1.
+    Raises:
+        ValueError: if there is no edge or no node, an id is out of range, the array is not one of
+            integers of shape (E, 2), or an option is unknown.
+
+    >>> adjacency([[0, 1], [2, 2]], 3).toarray()
+    array([[0., 1., 0.],
+           [1., 0., 0.],
+           [0., 0., 2.]], dtype=float32)
+    """
+    _check_choice("loops", loops, ("keep", "drop", "add"))
+    _check_choice("repeated", repeated, ("sum", "one"))
+    edges_E2 = _checked_edges("edges_E2", edges_E2, num_nodes)
+    if loops != "keep":
+        edges_E2 = edges_E2[edges_E2[:, 0] != edges_E2[:, 1]]
+    arcs_E2 = edges_E2 if directed else np.concatenate([edges_E2, edges_E2[:, ::-1]])
+    if loops == "add":
+        arcs_E2 = np.concatenate(
+            [arcs_E2, np.arange(num_nodes, dtype=np.int32)[:, None].repeat(2, 1)]
+        )
+    weights_E = np.ones(len(arcs_E2), np.float32)
+    matrix = scipy.sparse.coo_array((weights_E, tuple(arcs_E2.T)), (num_nodes, num_nodes)).tocsr()
+    matrix.sum_duplicates()
+    if repeated == "one":
+        matrix.data[:] = 1
+    return matrix
+
+
+def split_edges(edges_E2: Any, num_nodes: int, *, fraction: float, seed: Any) -> LinkSplit:
+    """Hold out a fraction of the edges, with as many random pairs that are no edges.
+
+    The graph is undirected: an edge and its reverse are one, and go to one side. Repeated edges and
+    loops are left out. The negative pairs are a uniform draw, without repetition, from the pairs of
+    two nodes that have no edge in either part.
+
+    Args:
+        edges_E2: integers, ids 0 to num_nodes - 1.
+        fraction: of the distinct edges to hold out, between 0 and 1; at least one edge goes to
+            either side.
+        seed: what `numpy.random.default_rng` takes. The same one gives the same split.
+    Returns:
+        LinkSplit, each pair with the smaller id first.
+    Raises:
+        ValueError: as `adjacency` does, and if fraction is out of range, there are fewer than two
+            distinct edges, or fewer pairs without an edge than edges to hold out.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction={fraction}: expected a number between 0 and 1, both excluded")
+    edges_E2, num_nodes = _checked_edges("edges_E2", edges_E2, num_nodes), int(num_nodes)
+    low_E, high_E = edges_E2.min(1).astype(np.int64), edges_E2.max(1).astype(np.int64)
+    # Pairs are numbered without gaps, (0, 1), (0, 2), (1, 2), (0, 3), ...: so a pair is a number.
+    pairs_E = np.unique((high_E * (high_E - 1) // 2 + low_E)[low_E != high_E])
+    num_edges, num_pairs = len(pairs_E), num_nodes * (num_nodes - 1) // 2
+    if num_edges < 2:
+        raise ValueError(f"{num_edges} distinct edges without loops, expected at least 2 to split")
+    num_test = min(max(round(fraction * num_edges), 1), num_edges - 1)
+    if num_pairs - num_edges < num_test:
+        raise ValueError(
+            f"{num_test} edges to hold out but only {num_pairs - num_edges} of {num_pairs} pairs "
+            "have no edge, expected as many at least; hold out a smaller fraction"
+        )
+    rng = np.random.default_rng(seed)
+    held_E = np.zeros(num_edges, bool)
+    held_E[rng.choice(num_edges, num_test, replace=False)] = True
+    rank_E = rng.choice(num_pairs - num_edges, num_test, replace=False)
+    # Before edge e there are pairs_E[e] - e pairs without an edge, so the one of rank r comes after
+    # as many edges as have that number at most r.
+    before_E = np.searchsorted(pairs_E - np.arange(num_edges), rank_E, side="right")
+    parts = (pairs_E[~held_E], pairs_E[held_E], rank_E + before_E)
+    return LinkSplit(*map(_numbered_pairs, parts), num_nodes)
+
+
+def _numbered_pairs(pairs_E: np.ndarray) -> np.ndarray:
+    high_E = ((1 + np.sqrt(1.0 + 8.0 * pairs_E)) / 2).astype(np.int64)
+    # The root is rounded; for large numbers that is one off.
+    high_E -= high_E * (high_E - 1) // 2 > pairs_E
+    high_E += high_E * (high_E + 1) // 2 <= pairs_E
+    return np.stack([pairs_E - high_E * (high_E - 1) // 2, high_E], 1).astype(np.int32)
+
+
+def _checked_edges(name: str, edges_E2: Any, num_nodes: int) -> np.ndarray:
+    _check_size(num_nodes)
+    edges_E2 = _checked_pairs(name, np.asarray(edges_E2))
+    row = _first_outside(edges_E2, num_nodes)
+    if row is not None:
+        raise ValueError(
+            f"{name} has the edge {_pair(edges_E2[row])} in row {row}, expected ids 0 to "
+            f"{num_nodes - 1}"
+        )
+    return edges_E2.astype(np.int32)
+
+
+def _check_size(num_nodes: int) -> None:
+    if not isinstance(num_nodes, int | np.integer) or not 1 <= num_nodes <= _MOST_NODES:
+        raise ValueError(f"num_nodes={num_nodes!r}: expected a whole number, 1 to {_MOST_NODES}")
+
+
+def _size_for(ids_E2: np.ndarray) -> int:
+    return min(max(int(ids_E2.max()) + 1, 1), _MOST_NODES)  # ids that do not fit are found later
+
+
+def _checked_pairs(name: Any, edges_E2: np.ndarray) -> np.ndarray:
+    if edges_E2.ndim and not edges_E2.shape[0]:
+        raise ValueError(f"{name}: no edges, expected at least one")
+    if edges_E2.ndim != 2 or edges_E2.shape[1] != 2:
+        hint = "; did you mean its transpose?" if edges_E2.shape[:1] == (2,) else ""
+        raise ValueError(f"{name} has shape {edges_E2.shape}, expected (edges, 2){hint}")
+    if edges_E2.dtype.kind not in "iu":
+        raise ValueError(f"{name} has dtype {edges_E2.dtype}, expected integers")
+    return edges_E2
+
+
+def _first_outside(edges_E2: np.ndarray, num_nodes: int) -> int | None:
+    outside_E = ((edges_E2 < 0) | (edges_E2 >= num_nodes)).any(1)
+    return int(outside_E.argmax()) if outside_E.any() else None
+
+
+def _pair(pair_2: np.ndarray) -> str:
+    return f"({pair_2[0]}, {pair_2[1]})"
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, known))}")
+
+
+# Edge lists --------------------------------------------------------------------------------------
+
+
+def read_edges(
+    path: str | os.PathLike,
+    *,
+    directed: bool = False,
+    remap: bool | None = None,
+    num_nodes: int | None = None,
+    delimiter: str | None = None,
+    header: bool | None = None,
+    ignore_extra: bool = False,
+) -> Graph:
+    """A graph from a file, whose suffix tells the format.
+
+    * `.npy`: an array of integers of shape (E, 2).
+    * `.npz`: a square matrix, saved by `scipy.sparse.save_npz`, whose nonzero entries are edges.
+    * `.csv`, `.tsv`: two columns with commas or tabs between; the first row may be a header.
+    * `.txt`, `.edges`: two columns with white space between, the format of SNAP.
+    * `.csv.gz`, `.tsv.gz`, `.txt.gz`, `.edges.gz`, `.gz`: the same texts, compressed.
+
+    In texts, `#` and `%` begin comments, at the start of a line or after a space. The ids are whole
+    numbers, or, if the first row has one that is not, names: text like any other.
+
+    An edge that is met again is left out, and counted in `num_repeated`; without `directed` its
+    reverse is the same edge, as SNAP lists both. What is kept is the first of them, in the order
+    and direction of the file. Loops are kept, and counted in `num_loops`.
+
+    Args:
+        path: of the file.
+        directed: whether an edge and its reverse are two edges.
+        remap: whether to give the ids that occur new numbers 0, 1, ... in sorted order; the old
+            ones come back in `names`. By default this is done if ids are names, or negative, or if
+            fewer than half of the numbers 0 to the largest id occur; but not with `num_nodes`, nor
+            for `.npz`. Nodes without edges are in the graph only without this.
+        num_nodes: by default one more than the largest id, or the size of the matrix.
+        delimiter: one character in place of the one that the suffix tells.
+        header: whether the first row is a header. By default one is found where columns have a
+            delimiter, and the first row has no number but the second has; with names there, where
+            a header cannot be told from an edge, this is to be given.
+        ignore_extra: whether to leave aside what is more than two columns, such as weights or
+            times, and the values of a matrix. By default more columns, or values other than 1, are
+            an error, for they would be lost.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is empty or damaged, with the file, the line and the reason; if
+            the suffix is unknown; or if an id does not fit `num_nodes` or 31 bits.
+    """
+    path = _existing(path)
+    if num_nodes is not None:
+        _check_size(num_nodes)
+        if remap:
+            raise ValueError(f"num_nodes={num_nodes} and remap=True: give one, for both decide ids")
+        remap = False
+    ids_E2, size, place = _load_ids(path, delimiter, header, remap is not False, ignore_extra)
+    if remap is None:
+        remap = size is None and _are_scattered(ids_E2)
+    names = None
+    if remap:
+        names, ids_E2 = np.unique(ids_E2, return_inverse=True)
+        ids_E2, num_nodes = ids_E2.reshape(-1, 2), len(names)
+    elif num_nodes is None:
+        num_nodes = size or _size_for(ids_E2)
+    row = _first_outside(ids_E2, num_nodes)
+    if row is not None:
+        raise ValueError(
+            f"{place(row)}: edge {_pair(ids_E2[row])}, expected ids 0 to {num_nodes - 1}; "
+            "remap=True takes any ids"
+        )
+    edges_E2 = ids_E2[_first_of_each(ids_E2, num_nodes, directed)].astype(np.int32)
+    num_loops = int((edges_E2[:, 0] == edges_E2[:, 1]).sum())
+    return Graph(edges_E2, int(num_nodes), names, len(ids_E2) - len(edges_E2), num_loops)
+
+
+def _load_ids(
+    path: Path, delimiter: str | None, header: bool | None, names: bool, ignore_extra: bool
+) -> tuple[np.ndarray, int | None, Callable[[int], str]]:
+    """The ids (E, 2), the number of nodes if the file tells it, and what tells the place of a row.
+
+    With `names`, ids may be text.
+    """
+    if path.suffix in (".npy", ".npz") and (delimiter is not None or header is not None):
+        raise ValueError(f"{path}: delimiter and header are for texts, not for {path.suffix}")
+    if path.suffix == ".npy":
+        return _load_array(path), None, lambda row: f"{path}, row {row}"
+    if path.suffix == ".npz":
+        return *_load_matrix(path, ignore_extra), lambda _: str(path)
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in _TEXT or not path.suffix:
+        known = ".npy, .npz, .csv, .tsv, .txt, .edges, and .gz of the last four"
+        unknown = "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:])
+        raise ValueError(f"{path}: unknown suffix {unknown!r}, known are {known}")
+    delimiter = _TEXT[suffix] if delimiter is None else delimiter
+    ids_E2, place = _load_text(path, delimiter, header, names, ignore_extra)
+    return ids_E2, None, place
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return path
+
+
+def _are_scattered(ids_E2: np.ndarray) -> bool:
+    if ids_E2.dtype.kind == "U" or ids_E2.min() < 0:
+        return True
+    size = int(ids_E2.max()) + 1
+    if size > 2 * ids_E2.size:  # no mask of that size
+        return True
+    seen_N = np.zeros(size, bool)
+    seen_N[ids_E2] = True
+    return 2 * int(seen_N.sum()) < size
+
+
+def _first_of_each(ids_E2: np.ndarray, num_nodes: int, directed: bool) -> np.ndarray:
+    from_E, to_E = ids_E2.T if directed else (ids_E2.min(1), ids_E2.max(1))
+    _, first_E = np.unique(from_E.astype(np.int64) * num_nodes + to_E, return_index=True)
+    return np.sort(first_E)
+
+
+def _load_array(path: Path) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            array = np.load(file, allow_pickle=False)
+    except Exception as error:  # a damaged header or archive raises errors of many types
+        raise ValueError(f"{path}: not an array of numpy that can be read: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path}: expected one array, as numpy.save writes it")
+    array = _checked_pairs(path, array)
+    if array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{path}: id {array.max()} is over 63 bits")
+    return array.astype(np.int64)
+
+
+def _load_matrix(path: Path, ignore_values: bool) -> tuple[np.ndarray, int]:
+    try:
+        with open(path, "rb") as file:
+            matrix = scipy.sparse.load_npz(file)
+        if hasattr(matrix, "check_format"):
+            matrix.check_format(full_check=True)
+        matrix = matrix.tocoo()
+    except Exception as error:
+        raise ValueError(f"{path}: not a sparse matrix of scipy: {error}") from error
+    if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"{path}: a matrix of shape {matrix.shape}, expected a square one")
+    kept_E = matrix.data != 0
+    if not kept_E.any():
+        raise ValueError(f"{path}: no edges, expected at least one nonzero entry")
+    values_E = matrix.data[kept_E]
+    if not ignore_values and (values_E != 1).any():
+        raise ValueError(
+            f"{path}: an entry is {values_E[values_E != 1][0]}, expected 0 or 1, for edges have "
+            "no weights; ignore_extra=True takes every nonzero entry for an edge"
+        )
+    ids_E2 = np.stack([matrix.row[kept_E], matrix.col[kept_E]], 1).astype(np.int64)
+    return ids_E2, matrix.shape[0]
+
+
+def _load_text(
+    path: Path, delimiter: str | None, header: bool | None, names: bool, ignore_extra: bool
+) -> tuple[np.ndarray, Callable[[int], str]]:
+    """The ids (E, 2) of a text, int64 or str, and what tells the place of a row."""
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"#%\r\n'):
+        raise ValueError(f'delimiter={delimiter!r}: expected one character, not one of # % and "')
+    rows = list(itertools.islice(_rows(path, delimiter), 2))
+    if header is None:
+        header = _has_header(path, rows, delimiter, names)
+    if len(rows) <= header:
+        raise ValueError(f"{path}: no edges, expected at least one row")
+    line, first = rows[header]
+    _check_columns(path, line, first, ignore_extra)
+    numbers = all(map(_is_number, first[:2]))
+    ids_E2 = _load_numbers(path, delimiter, line - 1, ignore_extra) if numbers else None
+    if ids_E2 is None:  # names, or damage: the slow way finds the line
+        rows = itertools.islice(_rows(path, delimiter), int(header), None)
+        ids_E2 = _parse(path, rows, numbers, names, ignore_extra)
+
+    def place(row: int) -> str:
+        line, _ = next(itertools.islice(_rows(path, delimiter), row + header, None))
+        return f"{path}, line {line}"
+
+    return ids_E2, place
+
+
+def _load_numbers(
+    path: Path, delimiter: str | None, skip: int, ignore_extra: bool
+) -> np.ndarray | None:
+    """The quick way, in C: None where the text is not all whole numbers."""
+    try:
+        with _open_text(path) as lines, warnings.catch_warnings():
+            warnings.simplefilter("error")  # numpy only warns of 1.5 as a whole number
+            return np.loadtxt(
+                lines,
+                np.int64,
+                # numpy has quotes or two signs of comments; a % in a .csv is left to the slow way.
+                comments="#" if delimiter else ("#", "%"),
+                delimiter=delimiter,
+                quotechar='"' if delimiter else None,
+                skiprows=skip,
+                usecols=(0, 1) if ignore_extra else None,
+                ndmin=2,
+            )
+    except (ValueError, Warning, *_GZIP_ERRORS):
+        return None
+
+
+def _parse(
+    path: Path, rows: Iterator, numbers: bool, names: bool, ignore_extra: bool
+) -> np.ndarray:
+    ids = []
+    for line, columns in rows:
+        _check_columns(path, line, columns, ignore_extra)
+        for name in columns[:2]:
+            if numbers or not names:
+                _check_number(path, line, name, names)
+            elif not name or not name.isprintable():
+                raise ValueError(f"{path}, line {line}: {name!r} is not a name in UTF-8")
+        ids.append(columns[:2])
+    return np.array(ids, dtype=str).astype(np.int64) if numbers else np.array(ids, dtype=str)
+
+
+def _rows(path: Path, delimiter: str | None) -> Iterator[tuple[int, list[str]]]:
+    """The number of each line that has columns, from 1, and the columns."""
+    line = 0
+    try:
+        with _open_text(path) as lines:
+            for line, text in enumerate(lines, 1):
+                text = _COMMENT.sub("", text).strip()
+                if text and delimiter is None:
+                    yield line, text.split()
+                elif text:
+                    yield line, [c.strip() for c in next(csv.reader([text], delimiter=delimiter))]
+    except _GZIP_ERRORS as error:
+        raise ValueError(f"{path}, line {line + 1}: damaged gzip file: {error}") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line}: {error}") from error
+
+
+def _open_text(path: Path) -> Any:
+    # A comment may be in any encoding: bytes that are not UTF-8 are refused only in ids.
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape")
+
+
+def _has_header(path: Path, rows: list, delimiter: str | None, names: bool) -> bool:
+    if delimiter is None or not rows or any(map(_is_number, rows[0][1])):
+        return False
+    if len(rows) == 2 and any(map(_is_number, rows[1][1])):
+        return True
+    if names:
+        raise ValueError(
+            f"{path}, line {rows[0][0]}: {','.join(rows[0][1])!r} may be a header or an edge; "
+            "give header=True or header=False"
+        )
+    return True
+
+
+def _is_number(text: str) -> bool:
+    return _WHOLE_NUMBER.fullmatch(text) is not None
+
+
+def _check_columns(path: Path, line: int, columns: list[str], ignore_extra: bool) -> None:
+    if len(columns) < 2 or (len(columns) > 2 and not ignore_extra):
+        hint = "; ignore_extra=True leaves the others aside" if len(columns) > 2 else ""
+        few = "1 column" if len(columns) == 1 else f"{len(columns)} columns"
+        raise ValueError(f"{path}, line {line}: {few}, expected 2{hint}")
+
+
+def _check_number(path: Path, line: int, text: str, names: bool) -> None:
+    if not _is_number(text):
+        hint = "as in the first row" if names else "for ids are not remapped"
+        raise ValueError(f"{path}, line {line}: {text!r} is not a whole number, {hint}")
+    if len(text) > 18 and not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"{path}, line {line}: id {text} is over 63 bits")
+
+
+# The splits of AsymProj --------------------------------------------------------------------------
+
+
+def read_asymproj(folder: str | os.PathLike) -> LinkSplit:
+    """A split for link prediction, as the paper takes it.
+
+    The files train.txt.npy, test.txt.npy and test.neg.txt.npy are arrays of integers (E, 2), each
+    undirected edge once. They are given as they are: loops, which some sets have, are scored with
+    the other test edges. `num_nodes` is one more than the largest id of the train file.
+
+    Source: Abu-El-Haija et al., "Learning Edge Representations via Low-Rank Asymmetric
+    Projections" (CIKM 2017), whose repository has the files.
+
+    Raises:
+        FileNotFoundError: naming the file that is missing.
+        ValueError: if an array is not as above, an id of the test files is not below `num_nodes`,
+            or negatives are edges, of either direction, of the train or the test file.
+    """
+    paths = [_existing(Path(folder, f"{name}.txt.npy")) for name in ("train", "test", "test.neg")]
+    train_E2, test_E2, negative_E2 = map(_load_array, paths)
+    num_nodes = _size_for(train_E2)
+    arrays = [
+        _checked_edges(str(path), edges_E2, num_nodes)
+        for path, edges_E2 in zip(paths, (train_E2, test_E2, negative_E2), strict=True)
+    ]
+    negative_E = _pair_keys(negative_E2, num_nodes)
+    for path, edges_E2 in zip(paths[:2], arrays[:2], strict=True):
+        wrong_E = np.isin(negative_E, _pair_keys(edges_E2, num_nodes))
+        if wrong_E.any():
+            raise ValueError(
+                f"{paths[2]}: {wrong_E.sum()} of {len(wrong_E)} negatives are edges of "
+                f"{path.name}, for example {_pair(negative_E2[wrong_E.argmax()])}"
+            )
+    return LinkSplit(*arrays, num_nodes)
+
+
+def _pair_keys(edges_E2: np.ndarray, num_nodes: int) -> np.ndarray:
+    return edges_E2.min(1).astype(np.int64) * num_nodes + edges_E2.max(1)
+
+
+# The citation graphs of Planetoid ----------------------------------------------------------------
+
+_NUM_VALIDATION = 500
+
+
+def read_planetoid(folder: str | os.PathLike, name: str) -> Citations:
+    """A citation graph, `cora`, `citeseer` or `pubmed`, with its usual split.
+
+    The files ind.<name>.{x,y,tx,ty,allx,ally,graph} are pickles of Python 2; they are read by an
+    unpickler that admits six names and calls nothing else. Nodes 0, 1, ... are the rows of allx,
+    and row t of tx is node test.index[t]. Nodes of the graph that are in neither, as 15 of
+    Citeseer, have no features and the label -1. Train nodes are the rows of x, which are the first
+    of allx, validation nodes the next 500, and test nodes those of test.index.
+
+    Source: Yang, Cohen, Salakhutdinov, "Revisiting Semi-Supervised Learning with Graph
+    Embeddings" (ICML 2016).
+
+    Raises:
+        FileNotFoundError: naming the file that is missing.
+        ValueError: naming the file which is damaged, does not fit the others, or is a pickle that
+            asks for more than arrays, matrices and lists.
+    """
+    paths = {
+        part: _existing(Path(folder, f"ind.{name}.{part}"))
+        for part in ("x", "y", "tx", "ty", "allx", "ally", "graph", "test.index")
+    }
+    x, test_x, all_x = (_load_csr(paths[part]) for part in ("x", "tx", "allx"))
+    y, test_y, all_y = (_load_one_hot(paths[part]) for part in ("y", "ty", "ally"))
+    edges_E2, num_nodes = _load_neighbours(paths["graph"])
+    num_train, num_known, num_features = x.shape[0], *all_x.shape
+    num_classes = all_y.shape[1]
+    test_I = _load_index(paths["test.index"], num_known, num_nodes)
+    for part, got, wanted in (
+        ("x", x.shape, (num_train, num_features)),
+        ("y", y.shape, (num_train, num_classes)),
+        ("tx", test_x.shape, (len(test_I), num_features)),
+        ("ty", test_y.shape, (len(test_I), num_classes)),
+        ("ally", all_y.shape, (num_known, num_classes)),
+    ):
+        if got != wanted:
+            raise ValueError(
+                f"{paths[part]}: shape {got}, expected {wanted} to fit the other files"
+            )
+    if num_known < num_train + _NUM_VALIDATION:
+        raise ValueError(
+            f"{paths['allx']}: {num_known} rows, expected {num_train} to train and "
+            f"{_NUM_VALIDATION} to validate at least"
+        )
+    if (x != all_x[:num_train]).nnz or (y != all_y[:num_train]).any():
+        raise ValueError(
+            f"{paths['x']}: x and y are not the first {num_train} rows of allx and ally"
+        )
+    rows_I = np.concatenate([np.arange(num_known, dtype=np.int32), test_I])
+    words = scipy.sparse.vstack([all_x, test_x]).tocoo()
+    features = scipy.sparse.csr_array(
+        (words.data, (rows_I[words.row], words.col.astype(np.int32))), (num_nodes, num_features)
+    )
+    features.sort_indices()
+    labels_N = np.full(num_nodes, -1, np.int32)
+    one_hot = np.concatenate([all_y, test_y])
+    labels_N[rows_I] = one_hot.argmax(1)
+    return Citations(
+        adjacency(edges_E2, num_nodes, repeated="one"),
+        features,
+        labels_N,
+        num_classes,
+        np.arange(num_train, dtype=np.int32),
+        np.arange(num_train, num_train + _NUM_VALIDATION, dtype=np.int32),
+        np.sort(test_I),
+    )
+
+
+class _Dtype:
+    """What a pickle says of a dtype: the arguments of numpy.dtype, and a state with the order."""
+
+    code, order = "", "|"
+
+    def __init__(self, code: Any, *_: Any):
+        self.code = code
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """What a pickle says of an array."""
+
+    shape = dtype = fortran = raw = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.shape, self.dtype, self.fortran, self.raw = state
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads what the files hold, and refuses every other name before anything is called.
+
+    Arrays and dtypes are only described: numpy believes the state of a pickle, and one that is made
+    up leads it out of its memory. `_checked_array` makes the arrays, with any numpy.
+    """
+
+    def __init__(self, file: Any):
+        super().__init__(file, encoding="latin1")
+        self._known = {
+            ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _Dtype,
+            # New for each file, as a pickle can set attributes of a class that has no state.
+            ("scipy.sparse.csr", "csr_matrix"): type("_Attributes", (), {}),
+            ("collections", "defaultdict"): defaultdict,
+            ("__builtin__", "list"): list,
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._known:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        return self._known[module, name]
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        with open(path, "rb") as file:
+            return _Unpickler(file).load()
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to call for
+        raise ValueError(f"{path}: not a pickle that can be read: {error}") from error
+
+
+def _checked_array(path: Path, name: str, value: Any, ndim: int, kinds: str) -> np.ndarray:
+    if not isinstance(value, _Array):
+        raise ValueError(f"{path}: {name} is of type {type(value).__name__}, expected an array")
+    dtype = f"{value.dtype.order}{value.dtype.code}" if isinstance(value.dtype, _Dtype) else "none"
+    known = "integers" if kinds == "iu" else "integers or floats"
+    if not re.fullmatch(f"[<>=|][{kinds}][1248]", dtype) or dtype[1:] == "f1":
+        raise ValueError(f"{path}: {name} has dtype {dtype}, expected {known}")
+    shape = value.shape
+    if type(shape) is not tuple or len(shape) != ndim or not all(map(_is_size, shape)):
+        raise ValueError(f"{path}: {name} has shape {shape!r}, expected {ndim} sizes")
+    raw = value.raw.encode("latin1", "ignore") if isinstance(value.raw, str) else b""
+    wanted = math.prod(shape) * int(dtype[2])
+    if len(raw) != wanted:
+        raise ValueError(f"{path}: {name} has {len(raw)} bytes, expected {wanted}")
+    array = np.frombuffer(raw, dtype).reshape(shape, order="F" if value.fortran else "C")
+    return array.astype(array.dtype.newbyteorder("="))
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MOST_NODES
+
+
+def _load_csr(path: Path) -> scipy.sparse.csr_array:
+    fields = getattr(_unpickle(path), "__dict__", {})
+    missing = {"data", "indices", "indptr", "_shape"} - set(fields)
+    if missing:
+        raise ValueError(f"{path}: no csr_matrix, {', '.join(sorted(missing))} missing")
+    data = _checked_array(path, "data", fields["data"], 1, "fiu").astype(np.float32)
+    indices = _checked_array(path, "indices", fields["indices"], 1, "iu")
+    indptr = _checked_array(path, "indptr", fields["indptr"], 1, "iu").astype(np.int64)
+    shape = fields["_shape"]
+    if type(shape) is not tuple or len(shape) != 2 or not all(map(_is_size, shape)) or 0 in shape:
+        raise ValueError(f"{path}: shape {shape!r}, expected two positive sizes")
+    if len(indptr) != shape[0] + 1 or len(data) != len(indices):
+        raise ValueError(
+            f"{path}: {len(indptr)} row starts, {len(indices)} indices and {len(data)} values do "
+            f"not make a matrix of shape {shape}"
+        )
+    if indptr[0] != 0 or indptr[-1] != len(data) or (np.diff(indptr) < 0).any():
+        raise ValueError(f"{path}: row starts do not rise from 0 to the {len(data)} entries")
+    outside = (indices < 0) | (indices >= shape[1])
+    if outside.any():
+        raise ValueError(
+            f"{path}: column {indices[outside][0]}, expected 0 to {shape[1] - 1} in a matrix of "
+            f"shape {shape}"
+        )
+    if not np.isfinite(data).all():
+        raise ValueError(f"{path}: entries that are not finite")
+    return scipy.sparse.csr_array((data, indices, indptr), shape)
+
+
+def _load_one_hot(path: Path) -> np.ndarray:
+    one_hot = _checked_array(path, "the array", _unpickle(path), 2, "fiu")
+    wrong = ((one_hot != 0) & (one_hot != 1)).any(1) | (one_hot.sum(1) != 1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"{path}: row {row} is {one_hot[row]}, expected one 1 and else 0")
+    return one_hot
+
+
+def _load_neighbours(path: Path) -> tuple[np.ndarray, int]:
+    graph = _unpickle(path)
+    if not isinstance(graph, dict) or not graph:
+        raise ValueError(f"{path}: expected lists of neighbours by node, and at least one")
+    num_nodes = len(graph)
+    for node, neighbours in graph.items():
+        if type(node) is not int or not 0 <= node < num_nodes:
+            raise ValueError(f"{path}: node {node!r}, expected 0 to {num_nodes - 1}")
+        if type(neighbours) is not list:
+            raise ValueError(f"{path}: neighbours of node {node} are not a list")
+        for other in neighbours:
+            if type(other) is not int or not 0 <= other < num_nodes:
+                raise ValueError(
+                    f"{path}: node {node} has the neighbour {other!r}, expected 0 to "
+                    f"{num_nodes - 1}"
+                )
+    from_E = np.repeat(list(graph), [len(neighbours) for neighbours in graph.values()])
+    to_E = np.fromiter(itertools.chain.from_iterable(graph.values()), np.int64, len(from_E))
+    return _checked_edges(str(path), np.stack([from_E, to_E], 1), num_nodes), num_nodes
+
+
+def _load_index(path: Path, first: int, num_nodes: int) -> np.ndarray:
+    index = []
+    for line, columns in _rows(path, None):
+        if len(columns) != 1 or not _is_number(columns[0]):
+            raise ValueError(f"{path}, line {line}: {' '.join(columns)!r}, expected one id")
+        if not first <= int(columns[0]) < num_nodes:
+            raise ValueError(
+                f"{path}, line {line}: id {columns[0]}, expected {first} to {num_nodes - 1}, the "
+                "nodes of the graph after those of allx"
+            )
+        index.append(int(columns[0]))
+    if not index or len(set(index)) < len(index):
+        raise ValueError(f"{path}: {len(index)} ids of {len(set(index))} nodes, expected each once")
+    return np.array(index, np.int32)

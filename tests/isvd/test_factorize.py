@@ -1,0 +1,351 @@
+"""Singular triplets against LAPACK's, and their derivatives against differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+from jax.tree_util import Partial
+
+from isvd import factorize, operators, spmm
+from isvd.factorize import svd
+
+M, N, RANK = 150, 120, 8  # the Krylov basis of this rank has 80 columns: less than N
+KEY = jax.random.key(0)
+
+
+def with_values(values, *, shape=(M, N), complex_=False, seed=0):
+    """A matrix with these singular values and random vectors."""
+    rng = np.random.default_rng(seed)
+
+    def orthonormal(size):
+        x = rng.normal(size=(size, len(values)))
+        return np.linalg.qr(x + 1j * rng.normal(size=x.shape) if complex_ else x)[0]
+
+    return (orthonormal(shape[0]) * values) @ orthonormal(shape[1]).conj().T
+
+
+SPECTRA = {
+    "fast decay": 0.8 ** np.arange(N),
+    "slow decay": 1 / np.sqrt(1 + np.arange(N)),
+    "flat": 1 + np.linspace(1, 0, N),
+    "a cluster": np.r_[5 - 1e-9 * np.arange(12), np.linspace(4, 0.1, N - 12)],
+    "20 copies": np.r_[np.full(20, 5.0), np.linspace(4, 0.1, N - 20)],
+    "3 copies below 2": np.r_[9, 8, np.full(3, 5.0), np.linspace(4, 0.1, N - 5)],
+    "rank 3": np.array([3.0, 2.0, 1.0]),
+    "zero": np.zeros(1),
+    "1 to 1e-119": 10.0 ** -np.arange(N),
+    "tiny": 1e-30 * 0.8 ** np.arange(N),
+    "huge": 1e30 * 0.8 ** np.arange(N),
+}
+
+
+def check(op, a_MN, factors, *, tolerance):
+    """Values, orthonormality, and the residuals that the result claims, relative to s[0]."""
+    dtype = op.dtype
+    size = max(np.linalg.norm(a_MN, 2), 1e-300)
+    a_MN = a_MN / size
+    u_MK, s_K, v_NK, residual_K = (np.asarray(part) for part in factors[:4])
+    s_K, residual_K = s_K.astype("float64") / size, residual_K.astype("float64") / size
+    rank = len(s_K)
+    rounding = 100 * np.finfo(dtype).eps
+    wanted_K = np.linalg.svd(a_MN, compute_uv=False)[:rank]
+    np.testing.assert_allclose(s_K, wanted_K, rtol=0, atol=max(tolerance, rounding))
+    for x in (u_MK, v_NK):
+        assert np.linalg.norm(x.conj().T @ x - np.eye(rank), 2) < rounding
+    right_K = np.linalg.norm(a_MN @ v_NK - u_MK * s_K, axis=0)
+    left_K = np.linalg.norm(a_MN.conj().T @ u_MK - v_NK * s_K, axis=0)
+    true_K = np.maximum(right_K, left_K)
+    assert (true_K < residual_K + rounding).all()
+    assert (residual_K < np.maximum(true_K, true_K.max()) + rounding).all()
+    assert u_MK.dtype == v_NK.dtype == dtype
+    peak_K = u_MK[np.abs(u_MK).argmax(0), np.arange(rank)]
+    assert (peak_K.real > 0).all()
+    assert np.abs(peak_K.imag).max() < rounding
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", list(SPECTRA))
+def test_every_kind_of_spectrum(name, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        a_MN = with_values(SPECTRA[name]).astype(dtype)
+        op = operators.dense(a_MN)
+        factors = svd(op, KEY, rank=RANK, tol=1e-5 if dtype == "float32" else 1e-9)
+        assert factors.converged
+        check(op, a_MN.astype("float64"), factors, tolerance=1e-9)
+
+
+def test_copies_beyond_the_block_are_found_where_nothing_ends_the_iteration():
+    """20 copies, 8 columns in a block: the first pass can see 8 of them and the lower values."""
+    with jax.enable_x64(True):
+        a_MN = with_values(SPECTRA["20 copies"])
+        factors = svd(operators.dense(a_MN), KEY, rank=24, block=8, width=48)
+        np.testing.assert_allclose(factors.s_K[:20], 5, rtol=1e-12)
+        np.testing.assert_allclose(factors.s_K[20:], np.linspace(4, 0.1, 100)[:4], rtol=1e-9)
+
+
+def test_complex():
+    with jax.enable_x64(True):
+        a_MN = with_values(SPECTRA["fast decay"], complex_=True)
+        op = operators.dense(a_MN)
+        factors = svd(op, KEY, rank=RANK)
+        assert factors.s_K.dtype == jnp.float64
+        check(op, a_MN, factors, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (6, 4), (4, 300)])
+def test_small_matrices_at_every_rank(shape):
+    a_MN = np.random.default_rng(0).normal(size=shape).astype("float32")
+    for rank in range(1, min(shape) + 1):
+        factors = svd(operators.dense(a_MN), KEY, rank=rank)
+        check(operators.dense(a_MN), a_MN, factors, tolerance=1e-6)
+        assert factors.products == min(shape)
+
+
+def test_wide_matrix_and_transposition():
+    a_MN = with_values(SPECTRA["fast decay"], shape=(N, 700)).astype("float32")
+    op = operators.dense(a_MN)
+    wide, tall = svd(op, KEY, rank=RANK), svd(op.H, KEY, rank=RANK)
+    check(op, a_MN, wide, tolerance=1e-6)
+    np.testing.assert_allclose(wide.s_K, tall.s_K, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def sparse_matrix():
+    return scipy.sparse.random_array((400, 300), density=0.03, rng=np.random.default_rng(0))
+
+
+def test_sparse_matrix_stops_at_its_tolerance(sparse_matrix):
+    op = spmm.sparse(sparse_matrix)
+    loose = svd(op, KEY, rank=RANK, tol=1e-1)
+    tight = svd(op, KEY, rank=RANK, tol=1e-5)
+    assert loose.converged
+    assert tight.converged
+    assert (tight.residual_K <= 1e-5 * tight.s_K[0]).all()
+    assert loose.products < tight.products
+    check(op, sparse_matrix.toarray(), tight, tolerance=1e-6)
+
+
+def test_what_is_not_reached_is_said(sparse_matrix):
+    factors = svd(spmm.sparse(sparse_matrix), KEY, rank=RANK, tol=1e-5, max_products=10)
+    assert not factors.converged
+    assert factors.residual_K.max() > 1e-5 * factors.s_K[0]
+    check(spmm.sparse(sparse_matrix), sparse_matrix.toarray(), factors, tolerance=1)
+
+
+def test_not_a_number_ends_at_once(sparse_matrix):
+    broken = sparse_matrix.tocsr()
+    broken.data[3] = np.nan
+    factors = svd(spmm.sparse(broken), KEY, rank=RANK, tol=1e-5)
+    assert not factors.converged
+    assert factors.products < 300
+
+
+def test_products_are_those_of_the_operator():
+    calls = []
+
+    def product(a_MN, x_NC):
+        jax.debug.callback(lambda: calls.append(x_NC.shape[1]), ordered=False)
+        return a_MN @ x_NC
+
+    a_MN = with_values(SPECTRA["slow decay"]).astype("float32")
+    op = operators.from_matmat(
+        Partial(product, a_MN), (M, N), rmatmat=Partial(product, a_MN.T), block=True
+    )
+    factors = jax.block_until_ready(svd(op, KEY, rank=RANK))
+    jax.effects_barrier()
+    assert sum(calls) == factors.products
+
+
+def test_warm_start_saves_products():
+    a_MN = with_values(SPECTRA["flat"]).astype("float32")
+    cold = svd(operators.dense(a_MN), KEY, rank=RANK)
+    close = a_MN + 1e-4 * np.random.default_rng(1).normal(size=a_MN.shape).astype("float32")
+    op = operators.dense(close)
+    for start in (cold, cold.v_NK):
+        warm = svd(op, KEY, rank=RANK, warm_start=start)
+        check(op, close, warm, tolerance=1e-6)
+        assert warm.products < cold.products
+    iterated = svd(op, KEY, rank=RANK, method="subspace", tol=1e-3)
+    warm = svd(op, KEY, rank=RANK, method="subspace", tol=1e-3, warm_start=cold)
+    assert warm.products < iterated.products
+
+
+def test_same_key_same_bits_and_jit_changes_nothing():
+    op = operators.dense(with_values(SPECTRA["slow decay"]).astype("float32"))
+    first, again = svd(op, KEY, rank=RANK), svd(op, KEY, rank=RANK)
+    inside = jax.jit(lambda op, key: svd(op, key, rank=RANK))(op, KEY)
+    for a, b, c in zip(first, again, inside, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+
+
+def test_one_program_for_operators_of_one_kind():
+    before = factorize._svd_jit._cache_size()
+    for seed in range(3):
+        a_MN = np.random.default_rng(seed).normal(size=(31, 17))
+        svd(operators.dense(a_MN.astype("float32")), KEY, rank=2)
+    assert factorize._svd_jit._cache_size() == before + 1
+
+
+def test_vmap_over_operators():
+    both = np.stack([with_values(SPECTRA[name]).astype("f") for name in ("flat", "rank 3")])
+    factors = jax.vmap(lambda a_MN, key: svd(operators.dense(a_MN), key, rank=RANK, tol=1e-4))(
+        both, jax.random.split(KEY)
+    )
+    wanted = np.linalg.svd(both, compute_uv=False)[:, :RANK]
+    np.testing.assert_allclose(factors.s_K, wanted, atol=1e-5)
+    assert factors.converged.all()
+
+
+# Subspace iteration ------------------------------------------------------------------------------
+
+
+def reference_subspace(a_MN, start_NB, rank, iterations):
+    """Section 1.1 of the paper's algorithm, in numpy."""
+    q = start_NB
+    for _ in range(iterations):
+        q = a_MN @ np.linalg.qr(q)[0]
+        q = a_MN.T @ np.linalg.qr(q)[0]
+    q = np.linalg.qr(a_MN @ np.linalg.qr(q)[0])[0]
+    return np.linalg.svd((a_MN.T @ q).T, compute_uv=False)[:rank]
+
+
+def test_subspace_iteration_is_the_papers():
+    with jax.enable_x64(True):
+        a_MN = with_values(SPECTRA["flat"])
+        op = operators.dense(a_MN)
+        factors = svd(op, KEY, rank=RANK, method="subspace")
+        start_NB = jax.random.normal(KEY, (N, 2 * RANK), jnp.float64)
+        wanted = reference_subspace(a_MN, np.asarray(start_NB), RANK, 10)
+        np.testing.assert_allclose(factors.s_K, wanted, rtol=1e-12)
+        assert factors.products == 22 * 2 * RANK + RANK
+        assert not factors.converged
+        left_K = np.linalg.norm(a_MN @ factors.v_NK - factors.u_MK * factors.s_K, axis=0)
+        np.testing.assert_allclose(factors.residual_K, left_K, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(M, N), (N, M)])
+def test_subspace_iteration_stops_at_its_tolerance(shape):
+    a_MN = with_values(SPECTRA["fast decay"], shape=shape).astype("float32")
+    op = operators.dense(a_MN)
+    factors = svd(op, KEY, rank=RANK, method="subspace", tol=1e-4, oversample=4)
+    assert factors.converged
+    assert factors.products < 12 * 22
+    np.testing.assert_allclose(factors.s_K, SPECTRA["fast decay"][:RANK], rtol=1e-5)
+    miss_K = np.linalg.norm(a_MN @ factors.v_NK - factors.u_MK * factors.s_K, axis=0)
+    assert miss_K.max() < 2e-4
+
+
+# Gradients ---------------------------------------------------------------------------------------
+
+GAPS = np.r_[10, 8, 6.5, 5, 3.5 * 0.97 ** np.arange(N - 4)]  # s[4] / s[3] = .7: a heavy tail
+
+
+def invariant_loss(factors, weights):
+    """A function of the triplets that does not depend on their phases."""
+    left, right, cross, w_K = weights
+    u_MK, s_K, v_NK = factors[:3]
+    total = jnp.einsum("mk,mn,nk,k->", u_MK.conj(), left, u_MK, w_K)
+    total += jnp.einsum("mk,mn,nk,k->", v_NK.conj(), right, v_NK, w_K)
+    total += jnp.einsum("mk,mn,nk,k->", u_MK.conj(), cross, v_NK, w_K)
+    return total.real / 30 + (jnp.sin(s_K) * w_K).sum()
+
+
+def dense_triplets(a_MN, rank):
+    u_MK, s_K, vh_KN = jnp.linalg.svd(a_MN, full_matrices=False)
+    return u_MK[:, :rank], s_K[:rank], vh_KN[:rank].conj().T
+
+
+@pytest.mark.parametrize("complex_", [False, True])
+@pytest.mark.parametrize("method", ["krylov", "subspace"])
+def test_gradient_with_a_heavy_tail(complex_, method):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(1)
+
+        def draw(*shape):
+            x = rng.normal(size=shape)
+            return x + 1j * rng.normal(size=shape) if complex_ else x
+
+        a_MN = with_values(GAPS, complex_=complex_)
+        weights = [draw(M, M), draw(N, N), draw(M, N), rng.normal(size=4)]
+        direction = draw(M, N)
+
+        def loss(a_MN):
+            factors = svd(operators.dense(a_MN), KEY, rank=4, method=method, tol=1e-12)
+            return invariant_loss(factors, weights)
+
+        slope = (jax.grad(loss)(jnp.asarray(a_MN)) * direction).sum().real
+        step = 1e-5
+        ends = [
+            invariant_loss(dense_triplets(a_MN + sign * step * direction, 4), weights)
+            for sign in (1, -1)
+        ]
+        np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * step), rtol=1e-6)
+
+
+def test_gradient_reaches_what_a_function_closes_over():
+    with jax.enable_x64(True):
+        a_MN = with_values(GAPS)
+
+        def loss(scale_M):
+            op = operators.from_matmat(lambda x: scale_M * (a_MN @ x), (M, N), jnp.float64)
+            return svd(op, KEY, rank=3, tol=1e-12).s_K.sum()
+
+        scale_M = np.random.default_rng(0).uniform(1, 2, M)
+        slope = jax.jit(jax.grad(loss))(scale_M)
+        u_MK, _, v_NK = dense_triplets(scale_M[:, None] * a_MN, 3)
+        np.testing.assert_allclose(slope, (u_MK * (a_MN @ v_NK)).sum(1), rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_by_sparse_values(sparse_matrix):
+    with jax.enable_x64(True):
+        coo = sparse_matrix.tocoo()
+
+        def loss(values_E):
+            op = spmm.sparse_from_entries(*coo.coords, values_E, coo.shape)
+            return svd(op, KEY, rank=2, tol=1e-12).s_K.sum()
+
+        slope = jax.grad(loss)(jnp.asarray(coo.data))
+        u_MK, _, v_NK = dense_triplets(sparse_matrix.toarray(), 2)
+        wanted = (u_MK[coo.coords[0]] * v_NK[coo.coords[1]]).sum(1)
+        np.testing.assert_allclose(slope, wanted, rtol=1e-8, atol=1e-12)
+
+
+def test_equal_values_have_a_finite_gradient_of_their_sum():
+    with jax.enable_x64(True):
+        a_MN = with_values(np.r_[5, 5, 5, np.linspace(3, 0.1, N - 3)])
+        loss = lambda a_MN: svd(operators.dense(a_MN), KEY, rank=3).s_K.sum()  # noqa: E731
+        u_MK, _, v_NK = dense_triplets(a_MN, 3)
+        np.testing.assert_allclose(jax.grad(loss)(a_MN), u_MK @ v_NK.T, atol=1e-9)
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+OP = operators.dense(np.ones((6, 4), "f"))
+WRONG = {
+    "rank": (dict(rank=5), r"rank=5, expected from 1 to 4, min\(M, N\) of .* shape \(6, 4\)"),
+    "no rank": (dict(rank=0), "rank=0, expected from 1 to 4"),
+    "fraction": (dict(rank=2.0), "rank=2.0, expected a whole number"),
+    "method": (dict(rank=1, method="qr"), "method='qr', expected krylov or subspace"),
+    "tol": (dict(rank=1, tol=-1.0), "tol=-1.0, expected None, or from 0 to less than 1"),
+    "products": (dict(rank=1, max_products=0), "max_products=0, expected at least 1"),
+    "block": (dict(rank=1, block=5), "block=5, expected from 1 to 4"),
+    "width": (dict(rank=4, block=2, width=3), "width=3, expected at least 10, rank=4 and block=2"),
+    "warm start": (dict(rank=1, warm_start=np.ones((6, 1))), r"warm_start has shape \(6, 1\)"),
+    "oversample": (dict(rank=1, oversample=1), "oversample is of method='subspace'"),
+    "subspace block": (dict(rank=1, method="subspace", block=2), "are of method='krylov'"),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_wrong_requests(case):
+    options, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        svd(OP, KEY, **options)
+
+
+def test_integers_are_refused():
+    op = operators.dense(np.ones((6, 4), "int32"))
+    with pytest.raises(ValueError, match="op has dtype int32, expected a real or complex"):
+        svd(op, KEY, rank=1)

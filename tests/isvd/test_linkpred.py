@@ -1,0 +1,390 @@
+"""Scores, measures, the choice of the rank and the spectral kernel, against independent twins."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+
+from isvd import linkpred
+from isvd.design import link_operator
+from isvd.factorize import SVD, svd
+from isvd.readers import adjacency
+
+
+def factors_of(a_NN, rank):
+    u, s, vt = np.linalg.svd(a_NN)
+    parts = (jnp.asarray(x, jnp.float32) for x in (u[:, :rank], s[:rank], vt[:rank].T))
+    return SVD(*parts, jnp.zeros(rank), jnp.int32(0), jnp.bool(True))
+
+
+def random_factors(seed=0, size=8, rank=3):
+    a_NN = np.random.default_rng(seed).normal(size=(size, size))
+    factors = factors_of(a_NN, rank)
+    u, s, v = (np.asarray(x, np.float64) for x in factors[:3])
+    return factors, u * s @ v.T
+
+
+# Scores ------------------------------------------------------------------------------------------
+
+PAIRS = np.array([[0, 1], [1, 0], [3, 3], [7, 2]])
+
+
+def test_scores_are_entries_of_the_low_rank_matrix():
+    factors, low_NN = random_factors()
+    i, j = PAIRS.T
+    one_way = linkpred.scores(factors, PAIRS, symmetric=False)
+    np.testing.assert_allclose(one_way, low_NN[i, j], atol=1e-5)
+    both = linkpred.scores(factors, PAIRS)
+    np.testing.assert_allclose(both, (low_NN + low_NN.T)[i, j] / 2, atol=1e-5)
+    assert not np.allclose(both[:2], one_way[:2], atol=0.01)
+    jitted = jax.jit(linkpred.scores, static_argnames="symmetric")(factors, jnp.asarray(PAIRS))
+    np.testing.assert_allclose(jitted, both, atol=1e-6)
+
+
+def test_embeddings_multiply_to_the_low_rank_matrix():
+    factors, low_NN = random_factors()
+    left_NK, right_NK = linkpred.embeddings(factors)
+    np.testing.assert_allclose(left_NK @ right_NK.T, low_NN, atol=1e-5)
+    np.testing.assert_allclose(jnp.square(left_NK).sum(0), factors.s_K, rtol=1e-5)
+    np.testing.assert_allclose(jnp.square(right_NK).sum(0), factors.s_K, rtol=1e-5)
+
+
+def test_pairs_outside_are_not_numbers():
+    factors, _ = random_factors()
+    assert np.isnan(linkpred.scores(factors, jnp.array([[0, 8]])))[0]
+
+
+# Measures ----------------------------------------------------------------------------------------
+
+
+def auc_by_pairs(positive_P, negative_Q):
+    higher = positive_P[:, None] > negative_Q
+    return (higher + 0.5 * (positive_P[:, None] == negative_Q)).mean()
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+def test_auc(levels):
+    """Against all pairs, and the statistic of Mann and Whitney; few levels make many ties."""
+    rng = np.random.default_rng(levels)
+    positive_P = rng.integers(0, levels, 300).astype("f") + levels / 10
+    positive_P, negative_Q = np.round(positive_P), rng.integers(0, levels, 170).astype("f")
+    wanted = auc_by_pairs(positive_P, negative_Q)
+    u = scipy.stats.mannwhitneyu(positive_P.astype("d"), negative_Q.astype("d")).statistic
+    assert wanted == pytest.approx(u / (300 * 170), abs=1e-12)
+    got = linkpred.roc_auc(positive_P, negative_Q)
+    assert isinstance(got, float)
+    assert got == pytest.approx(wanted, abs=1e-14)
+    on_device = jax.jit(linkpred.roc_auc)(jnp.asarray(positive_P), jnp.asarray(negative_Q))
+    assert on_device == pytest.approx(wanted, abs=1e-6)
+
+
+def test_auc_of_many_pairs_does_not_overflow():
+    """10^11 pairs: more than an int32 or the digits of a float32 can hold."""
+    positive_P = np.arange(200_000) + 0.5
+    negative_Q = np.arange(500_000.0)
+    wanted = (np.arange(1, 200_001) / 500_000).mean()
+    assert linkpred.roc_auc(positive_P, negative_Q) == pytest.approx(wanted, abs=1e-14)
+    as_float32 = (jnp.asarray(x, jnp.float32) for x in (positive_P, negative_Q))
+    assert linkpred.roc_auc(*as_float32) == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("namespace", [np, jnp])
+def test_measures_by_hand(namespace):
+    one = namespace.asarray
+    positive_P, negative_Q = one([3.0, 2.0, 1.0]), one([2.0, 0.0, 2.0, 1.5])
+    assert linkpred.roc_auc(positive_P, negative_Q) == pytest.approx((4 + 3 + 1) / 12)
+    # The second highest negative is 2, and 2 is not above it.
+    assert linkpred.hits_at_k(positive_P, negative_Q, 2) == pytest.approx(1 / 3)
+    assert linkpred.hits_at_k(positive_P, negative_Q, 3) == pytest.approx(2 / 3)
+    assert linkpred.hits_at_k(positive_P, negative_Q, 4) == 1
+    assert linkpred.hits_at_k(positive_P, negative_Q, 5) == 1
+    # Ranks 1, between 1 and 3, and 3.
+    negative_PQ = one([[2.0, 0.0], [2.0, 2.0], [2.0, 3.0]])
+    mean = linkpred.mean_reciprocal_rank(positive_P, negative_PQ)
+    assert mean == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+
+
+def test_mean_reciprocal_rank_against_ranks_of_scipy():
+    rng = np.random.default_rng(3)
+    positive_P, negative_PQ = rng.integers(0, 6, 40), rng.integers(0, 6, (40, 9))
+    ranks = [scipy.stats.rankdata(-np.r_[p, q])[0] for p, q in zip(positive_P, negative_PQ)]
+    got = linkpred.mean_reciprocal_rank(positive_P.astype("f"), negative_PQ.astype("f"))
+    assert got == pytest.approx(np.mean(1 / np.array(ranks)), abs=1e-12)
+
+
+@pytest.mark.parametrize("namespace", [np, jnp])
+def test_a_score_that_is_not_a_number_is_not_hidden(namespace):
+    bad, good = namespace.asarray([1.0, np.nan]), namespace.asarray([0.0, 0.5])
+    for positive_P, negative_Q in ((bad, good), (good, bad)):
+        assert np.isnan(linkpred.roc_auc(positive_P, negative_Q))
+        assert np.isnan(linkpred.hits_at_k(positive_P, negative_Q, 1))
+    assert np.isnan(linkpred.mean_reciprocal_rank(bad, good[:, None]))
+
+
+# Choice of the rank ------------------------------------------------------------------------------
+
+
+def communities(seed=0, size=60, groups=6, inside=0.8, across=0.03):
+    """Edges i < j of a planted partition: few nodes, so that `svd` takes its dense way."""
+    rng = np.random.default_rng(seed)
+    i, j = np.triu_indices(size, 1)
+    joined = rng.random(len(i)) < np.where(i % groups == j % groups, inside, across)
+    return np.stack([i[joined], j[joined]], axis=1).astype(np.int32)
+
+
+def recorded_split(monkeypatch, call):
+    """What a rank choice fits and scores."""
+    seen = {}
+
+    def auc_by_rank(graph, positive_P2, negative_Q2, ranks, *rest):
+        seen.update(graph=graph.toarray(), positive=positive_P2, negative=negative_Q2)
+        return np.array([0.5, 0.9, 0.9][: len(ranks)])
+
+    monkeypatch.setattr(linkpred, "_auc_by_rank", auc_by_rank)
+    return call(), seen
+
+
+def test_an_edge_goes_wholly_to_one_side(monkeypatch):
+    edges = communities()
+    arcs = np.concatenate([edges, edges[:, ::-1], edges[:50]])  # reversed, and repeated
+    choice, seen = recorded_split(
+        monkeypatch, lambda: linkpred.choose_rank(arcs, 60, jax.random.key(0), ranks=(8, 4, 2))
+    )
+    positive, graph = seen["positive"], seen["graph"]
+    assert not graph[positive[:, 0], positive[:, 1]].any()
+    assert not graph[positive[:, 1], positive[:, 0]].any()
+    assert len(positive) == round(0.15 * len(edges))
+    assert np.count_nonzero(graph) == 2 * (len(edges) - len(positive))
+    assert choice.rank == 2  # 4 and 2 are equal: the smaller
+    assert choice.ranks == (8, 4, 2)
+
+
+def test_negatives_join_no_edge_of_either_side(monkeypatch):
+    edges = communities()
+    _, seen = recorded_split(
+        monkeypatch,
+        lambda: linkpred.choose_rank(
+            edges, 60, jax.random.key(0), ranks=(2, 4), negatives_per_edge=3
+        ),
+    )
+    negative = seen["negative"]
+    known = adjacency(edges, 60).toarray()
+    assert len(negative) == 3 * len(seen["positive"])
+    assert (negative[:, 0] < negative[:, 1]).all()
+    assert not known[negative[:, 0], negative[:, 1]].any()
+
+
+def test_the_leaky_split_leaks(monkeypatch):
+    """The reverse of a held-out arc is among the fitted ones with probability .4."""
+    choice, seen = recorded_split(
+        monkeypatch,
+        lambda: linkpred.choose_rank_leaky(communities(), 60, jax.random.key(0), ranks=(2, 4, 8)),
+    )
+    positive, graph = seen["positive"], seen["graph"]
+    leaked = (graph[positive[:, 0], positive[:, 1]] > 0).mean()
+    assert 0.33 < leaked < 0.47
+    assert choice.rank == 8  # ties: the larger
+    assert len(seen["negative"]) == 5 * len(positive)
+
+
+def test_choice_on_planted_communities():
+    """Six groups: rank 6 tells them apart, less does not, and more is noise."""
+    edges, ranks = communities(), (1, 2, 6, 50)
+    key = jax.random.key(1)
+    honest = linkpred.choose_rank(edges, 60, key, ranks=ranks, window=2)
+    assert honest.rank == 6
+    assert honest.auc_R[2] > 0.85 > honest.auc_R[0]
+    same = linkpred.choose_rank(edges, 60, key, ranks=ranks, window=2)
+    np.testing.assert_array_equal(same.auc_R, honest.auc_R)
+    other = linkpred.choose_rank(edges, 60, jax.random.key(2), ranks=ranks, window=2)
+    assert (other.auc_R != honest.auc_R).any()
+
+
+def test_only_the_leaky_rule_sees_something_in_pure_noise():
+    edges = communities(inside=0.1, across=0.1)
+    options = {"ranks": (50,), "window": 2}
+    honest = linkpred.choose_rank(edges, 60, jax.random.key(0), fraction=0.4, **options)
+    leaky = linkpred.choose_rank_leaky(edges, 60, jax.random.key(0), **options)
+    assert abs(honest.auc_R[0] - 0.5) < 0.1
+    assert leaky.auc_R[0] > 0.65
+
+
+def test_auc_of_each_rank_is_that_of_its_own_decomposition():
+    edges = communities()
+    graph = adjacency(edges, 60)
+    positive, negative = edges[:40], np.stack([np.arange(50), np.arange(50) + 7], axis=1)
+    got = linkpred._auc_by_rank(
+        graph, positive, negative, (3, 12), jax.random.key(0), None, {"window": 2}
+    )
+    m_NN = np.asarray(link_operator(graph, window=2).to_dense())
+    for rank, auc in zip((3, 12), got):
+        u, s, vt = np.linalg.svd(m_NN)
+        low = u[:, :rank] * s[:rank] @ vt[:rank]
+        low = low + low.T
+        assert auc == pytest.approx(
+            auc_by_pairs(low[tuple(positive.T)], low[tuple(negative.T)]), abs=1e-3
+        )
+
+
+# Fine-tuning -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mu", "tau"), [(1.0, 5.0), (0.7, 8.0), (1.5, 0.0), (0.51, 3.0)])
+def test_spectral_kernel_is_a_mean_over_a_truncated_normal(mu, tau):
+    """By quadrature of the density; the grid takes its end points with full weight."""
+    s_K = np.array([75.0, 4.0, 1.0, 0.3])
+    density = lambda x: np.exp(-((mu - x) ** 2) * np.exp(tau))  # noqa: E731
+    inside = {"points": [min(mu, 1.99)]}
+    total = scipy.integrate.quad(density, 0.5, 2, **inside)[0]
+    wanted = [
+        scipy.integrate.quad(lambda x, s=s: density(x) * s**x, 0.5, 2, **inside)[0] / total
+        for s in s_K
+    ]
+    with jax.enable_x64(True):
+        got = linkpred.spectral_kernel(s_K, mu, tau)
+    np.testing.assert_allclose(got, wanted, rtol=2e-2)
+
+
+def test_spectral_kernel_at_the_start_and_in_the_limit():
+    s_K = np.array([70.0, 4.0, 0.0], np.float32)
+    spread = np.exp(-5) / 2  # variance at tau = 5
+    start = linkpred.spectral_kernel(s_K, 1.0, 5.0)
+    second_order = s_K[:2] * (1 + spread * np.log(s_K[:2]) ** 2 / 2)
+    np.testing.assert_allclose(start[:2], second_order, rtol=2e-3)
+    np.testing.assert_allclose(linkpred.spectral_kernel(s_K, 1.0, 20.0), s_K, rtol=1e-4)
+    np.testing.assert_allclose(linkpred.spectral_kernel(s_K, 0.8, 20.0), s_K**0.8, rtol=1e-4)
+    slopes = jax.jacobian(linkpred.spectral_kernel, argnums=(0, 1, 2))(s_K, 1.0, 5.0)
+    assert all(np.isfinite(slope).all() for slope in slopes)
+
+
+def test_spectral_kernel_gradient():
+    with jax.enable_x64(True):
+        s_K = np.array([70.0, 4.0, 0.5])
+
+        def value(mu, tau):
+            return linkpred.spectral_kernel(s_K, mu, tau).sum()
+
+        got = jax.grad(value, argnums=(0, 1))(1.1, 4.0)
+        step = 1e-5
+        mu = (value(1.1 + step, 4.0) - value(1.1 - step, 4.0)) / (2 * step)
+        tau = (value(1.1, 4.0 + step) - value(1.1, 4.0 - step)) / (2 * step)
+    np.testing.assert_allclose(got, (mu, tau), rtol=1e-6)
+
+
+@functools.cache
+def community_factors():
+    """Of large values, so that scores matter."""
+    op = 5 * link_operator(adjacency(communities(), 60), window=2)
+    return svd(op, jax.random.key(0), rank=12)
+
+
+def tuned(steps=60, key=0, **options):
+    options = {"batch": 50, "negatives": 3, "learning_rate": 3e-2, **options}
+    return linkpred.finetune_spectrum(
+        community_factors(), communities(), jax.random.key(key), steps=steps, **options
+    )
+
+
+def expected_loss(s_K, negatives):
+    """Over all edges, and all pairs with equal chance."""
+    factors = community_factors()._replace(s_K=s_K)
+    every = np.stack(np.meshgrid(np.arange(60), np.arange(60)), axis=-1).reshape(-1, 2)
+    positive, negative = (
+        np.asarray(linkpred.scores(factors, pairs), np.float64) for pairs in (communities(), every)
+    )
+    loss = np.logaddexp(0, -positive).mean() + negatives * np.logaddexp(0, negative).mean()
+    return loss / (1 + negatives)
+
+
+def test_finetuning_lowers_the_loss_and_moves_only_the_spectrum():
+    factors, spectrum = community_factors(), tuned()
+    assert spectrum.loss_S.shape == (60,)
+    assert abs(float(spectrum.mu) - 1) > 0.05
+    wanted = linkpred.spectral_kernel(factors.s_K, spectrum.mu, spectrum.tau)
+    np.testing.assert_allclose(spectrum.s_K, wanted, rtol=1e-5)
+    before, after = expected_loss(factors.s_K, 3), expected_loss(spectrum.s_K, 3)
+    assert after < before - 0.005
+    start = linkpred.spectral_kernel(factors.s_K, 1.0, 5.0)
+    assert spectrum.loss_S[0] == pytest.approx(expected_loss(start, 3), abs=0.1)
+
+
+def test_parameters_stay_in_their_range():
+    spectrum = tuned(steps=3, learning_rate=10.0)
+    assert float(spectrum.mu) in (pytest.approx(0.51), pytest.approx(1.99))
+    assert 0 <= float(spectrum.tau) <= 20
+    assert float(tuned(steps=1, learning_rate=30.0).tau) in (0, 20)
+
+
+def test_finetuning_options_change_the_result():
+    first = tuned(steps=3)
+    np.testing.assert_array_equal(first.loss_S, tuned(steps=3).loss_S)
+    changes = {"key": 7, "batch": 40, "negatives": 2, "learning_rate": 0.2, "symmetric": False}
+    for name, value in changes.items():
+        assert (tuned(steps=3, **{name: value}).loss_S[1:] != first.loss_S[1:]).any()
+
+
+def test_a_pass_uses_every_edge_once(monkeypatch):
+    edges = communities()[:60]
+    options = {"batch": 20, "negatives": 1, "learning_rate": 0.0}
+    seen = []
+    real = linkpred._pair_scores
+
+    def record(u, s, v, pairs, symmetric):
+        jax.debug.callback(lambda p: seen.append(np.asarray(p)), pairs)
+        return real(u, s, v, pairs, symmetric)
+
+    monkeypatch.setattr(linkpred, "_pair_scores", record)
+    linkpred.finetune_spectrum(community_factors(), edges, jax.random.key(3), steps=6, **options)
+    jax.effects_barrier()
+    assert len(seen) == 6
+    for part in (seen[:3], seen[3:]):
+        used = np.concatenate([pairs[:20] for pairs in part])
+        assert sorted(map(tuple, used)) == sorted(map(tuple, edges))
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+F, KEY = random_factors()[0], jax.random.key(0)
+EDGES = communities()
+WRONG = {
+    "pairs": (lambda: linkpred.scores(F, np.zeros((2, 3), int)), r"shape \(2, 3\).*\(P, 2\)"),
+    "types": (lambda: linkpred.scores(F, np.zeros((2, 2))), "dtype float64, expected integers"),
+    "empty": (lambda: linkpred.roc_auc(np.zeros(0), np.ones(2)), r"positive_P has shape \(0,\)"),
+    "k": (lambda: linkpred.hits_at_k(np.ones(2), np.ones(2), 0), "k=0, expected"),
+    "rows": (
+        lambda: linkpred.mean_reciprocal_rank(np.ones(2), np.ones((3, 2))),
+        r"expected \(2, Q\)",
+    ),
+    "node": (lambda: linkpred.choose_rank(EDGES, 50, KEY), "edges_E2 has node .*0 to 49"),
+    "fraction": (lambda: linkpred.choose_rank(EDGES, 60, KEY, fraction=1.0), "fraction=1.0"),
+    "few edges": (lambda: linkpred.choose_rank(EDGES[:2], 60, KEY), "one side empty"),
+    "no ranks": (lambda: linkpred.choose_rank(EDGES, 60, KEY, ranks=()), "ranks is empty"),
+    "negatives": (
+        lambda: linkpred.choose_rank(EDGES, 60, KEY, negatives_per_edge=0),
+        "negatives_per_edge must be at least 1",
+    ),
+    "all joined": (
+        lambda: linkpred.choose_rank(np.stack(np.triu_indices(6, 1), axis=1), 6, KEY),
+        "almost all 6 nodes are joined",
+    ),
+    "batch": (
+        lambda: linkpred.finetune_spectrum(F, EDGES[:5] % 8, KEY, steps=1),
+        "batch=1000 is more than the 5 edges",
+    ),
+    "steps": (lambda: linkpred.finetune_spectrum(F, EDGES % 8, KEY, steps=0), "steps=0"),
+    "node of an edge": (
+        lambda: linkpred.finetune_spectrum(F, EDGES, KEY, steps=1),
+        "edges_E2 has node .*, expected 0 to 7",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_errors_say_what_was_expected(name):
+    call, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,312 @@
+"""Closed-form classification against numpy's least squares, and the pipeline on a planted graph."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+
+from isvd import nodeclass
+from isvd.algebra import centered
+from isvd.design import normalized_adjacency, propagated
+from isvd.factorize import svd
+from isvd.operators import dense
+from isvd.spmm import sparse
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def assert_close(actual, wanted, tolerance=1e-4):
+    actual, wanted = np.asarray(actual), np.asarray(wanted)
+    assert actual.shape == wanted.shape
+    np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+# Least squares -----------------------------------------------------------------------------------
+
+
+def least_squares(shape, seed=0):
+    m_TD, y_TC = draw(seed, *shape), draw(seed + 1, shape[0], 3)
+    factors = svd(dense(m_TD.astype("f")), jax.random.key(0), rank=min(shape))
+    return m_TD, y_TC, factors
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_all_triplets_give_the_weights_of_least_norm(shape):
+    m_TD, y_TC, factors = least_squares(shape)
+    wanted, *_ = np.linalg.lstsq(m_TD, y_TC)
+    assert_close(nodeclass.closed_form(factors, jnp.asarray(y_TC, jnp.float32)), wanted)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.3])
+def test_ridge(ridge):
+    m_TD, y_TC, factors = least_squares((9, 12))
+    mu = ridge * np.linalg.norm(m_TD, 2) ** 2
+    wanted = m_TD.T @ np.linalg.solve(m_TD @ m_TD.T + mu * np.eye(9), y_TC)
+    got = nodeclass.closed_form(factors, jnp.asarray(y_TC, jnp.float32), ridge=ridge)
+    assert_close(got, wanted)
+
+
+def test_rank():
+    m_TD, y_TC, factors = least_squares((9, 12))
+    u, s, vt = np.linalg.svd(m_TD)
+    wanted = vt[:4].T @ np.diag(1 / s[:4]) @ u[:, :4].T @ y_TC
+    got = nodeclass.closed_form(factors, jnp.asarray(y_TC, jnp.float32), rank=4)
+    assert_close(got, wanted)
+
+
+def test_cutoff_leaves_out_what_is_noise():
+    m_TD = np.outer(draw(0, 8), draw(1, 10))
+    y_TC = draw(2, 8, 2)
+    factors = svd(dense(m_TD.astype("f")), jax.random.key(0), rank=8)
+    targets = jnp.asarray(y_TC, jnp.float32)
+    assert_close(nodeclass.closed_form(factors, targets), np.linalg.pinv(m_TD) @ y_TC)
+    full = least_squares((8, 10))[2]
+    cut = nodeclass.closed_form(full, targets, cutoff=0.5)
+    count = int((full.s_K > 0.5 * full.s_K[0]).sum())
+    assert 0 < count < 8
+    assert_close(cut, nodeclass.closed_form(full, targets, rank=count))
+
+
+def test_accuracy():
+    scores_NC = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    labels_N = np.array([0, 1, 0, -1])
+    assert nodeclass.accuracy(scores_NC, labels_N, np.array([0, 1, 2])) == pytest.approx(2 / 3)
+    assert nodeclass.accuracy(jnp.asarray(scores_NC), labels_N, np.array([2])) == 0
+
+
+# Features ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)])
+@pytest.mark.parametrize("rank", [2, 9])
+def test_principal_components(shape, rank):
+    """Both ways: by Krylov (rank 2) and by the Gram matrix of either side."""
+    x_NF = draw(5, *shape) + 3 * draw(6, shape[1])
+    u, s, _ = np.linalg.svd(x_NF - x_NF.mean(0), full_matrices=False)
+    wanted = u[:, :rank] * s[:rank]
+    matrix = dense(x_NF.astype("f"))
+    got = np.asarray(nodeclass.principal_components(matrix, jax.random.key(0), rank=rank))
+    signs = np.sign((got * wanted).sum(0))
+    assert_close(got * signs, wanted, 1e-3)
+
+
+def planted(seed=0, size=90, classes=3, words=40):
+    """A graph with communities, and words that lean to the class of their node."""
+    rng = np.random.default_rng(seed)
+    labels_N = np.arange(size) % classes
+    a_NN = rng.random((size, size)) < np.where(labels_N[:, None] == labels_N, 0.15, 0.03)
+    a_NN = np.triu(a_NN, 1)
+    a_NN = (a_NN | a_NN.T).astype("f")
+    leaning = np.arange(words) % classes == labels_N[:, None]
+    x_NF = (rng.random((size, words)) < np.where(leaning, 0.14, 0.08)).astype("f")
+    graph, features = scipy.sparse.csr_array(a_NN), scipy.sparse.csr_array(x_NF)
+    return graph, features, labels_N, np.arange(15), np.arange(15, 45), np.arange(45, size)
+
+
+def test_node_embedding():
+    graph = planted()[0]
+    a_NN = graph.toarray().astype("d")
+    step = a_NN / np.maximum(a_NN.sum(1), 1)[:, None]
+    walks = sum(c * np.linalg.matrix_power(step, q) for c, q in ((3 / 6, 1), (2 / 6, 2), (1 / 6, 3)))
+    u, s, vt = np.linalg.svd(walks - 0.05 * (1 - a_NN))
+    got = np.asarray(nodeclass.node_embedding(graph, jax.random.key(0), rank=5))
+    assert got.shape == (90, 10)
+    assert_close(got[:, :5] @ got[:, 5:].T, u[:, :5] * s[:5] @ vt[:5], 1e-3)
+    assert_close((got**2).sum(0), np.r_[s[:5], s[:5]], 1e-3)
+
+
+def test_features_by_components_and_without():
+    """Z Z^T is the same with all components and with the centred features themselves."""
+    graph, features, *_ = planted()
+    options = {"embedding_rank": 4}
+    key = jax.random.key(0)
+    all_of_them = nodeclass.planetoid_features(graph, features, key, pca_rank=1000, **options)
+    implicit = nodeclass.planetoid_features(graph, features, key, pca_rank=None, **options)
+    assert all_of_them.shape == implicit.shape == (90, 40 + 8 + 8)
+    z_NF, x_NF = np.asarray(all_of_them.to_dense()), np.asarray(implicit.to_dense())
+    assert_close(z_NF @ z_NF.T, x_NF @ x_NF.T, 1e-3)
+    assert_close(x_NF[:, :40], features.toarray() - features.toarray().mean(0), 1e-5)
+    assert_close(x_NF[:, 40:48].mean(0), np.zeros(8), 1)
+    assert_close(z_NF[:, 48:], x_NF[:, 48:], 1e-6)
+    few = nodeclass.planetoid_features(graph, features, key, pca_rank=6, **options)
+    assert few.shape == (90, 6 + 8)
+    # Both Gram matrices have the embedding; take it away, and what is left has rank 6.
+    rest = np.asarray(few.to_dense())[:, :6]
+    assert np.linalg.matrix_rank(rest) == 6
+    dense_too = nodeclass.planetoid_features(
+        graph, features.toarray(), key, pca_rank=None, **options
+    )
+    assert_close(dense_too.to_dense(), x_NF)
+
+
+# Fit ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def small_design():
+    graph, features, labels_N, train, validation, test = planted()
+    design = propagated(sparse(normalized_adjacency(graph)), centered(sparse(features)), 2)
+    return design, labels_N, train, validation, test
+
+
+def twin_scores(design, labels_N, train, rank, ridge, copies=()):
+    """Scores of the stacked least-squares problem, by numpy."""
+    m_ND = np.asarray(design.to_dense(), np.float64)
+    y_TC = np.eye(3)[labels_N[train]]
+    stack = np.vstack([m_ND[train], *copies])
+    u, s, vt = np.linalg.svd(stack, full_matrices=False)
+    f = s[:rank] / (s[:rank] ** 2 + ridge * s[0] ** 2)
+    return m_ND @ (vt[:rank].T * f @ u[:, :rank].T @ np.vstack([y_TC] * (1 + len(copies))))
+
+
+def fitted(**options):
+    design, labels_N, train, validation, _ = small_design()
+    key = options.pop("key", jax.random.key(0))
+    options = {"ranks": (3, 9), "ridges": (0.0, 0.1), **options}
+    return nodeclass.fit(design, labels_N, train, validation, key, **options)
+
+
+def test_fit_without_dropout():
+    design, labels_N, train, validation, _ = small_design()
+    got = fitted(draws=0)
+    assert got.accuracy_RP.shape == (2, 2)
+    for row, rank in enumerate((3, 9)):
+        for column, ridge in enumerate((0.0, 0.1)):
+            wanted = twin_scores(design, labels_N, train, rank, ridge)
+            share = (wanted[validation].argmax(1) == labels_N[validation]).mean()
+            assert got.accuracy_RP[row, column] == pytest.approx(share, abs=0.04)  # near ties
+    assert_close(got.scores_NC, twin_scores(design, labels_N, train, got.rank, got.ridge), 2e-3)
+    assert_close(got.scores_NC, design @ got.weights_DC)
+
+
+def test_fit_of_many_masks_is_the_mean_of_their_fits(monkeypatch):
+    """The masks are recorded, and each draw is solved by numpy."""
+    design, labels_N, train, *_ = small_design()
+    masks, real = [], jax.random.bernoulli
+
+    def record(key, p, shape):
+        mask = real(key, p, shape)
+        jax.debug.callback(lambda m: masks.append(np.asarray(m)), mask, ordered=True)
+        return mask
+
+    monkeypatch.setattr(jax.random, "bernoulli", record)
+    got = fitted(ranks=(8,), ridges=(0.01,), draws=3, copies=2, rate=0.25)
+    jax.effects_barrier()
+    assert len(masks) == 3
+    assert masks[0].shape == (2, 15, design.shape[1])
+    assert np.mean(masks) == pytest.approx(0.75, abs=0.02)
+    rows = np.asarray(design.to_dense(), np.float64)[train]
+    scores = [
+        twin_scores(design, labels_N, train, 8, 0.01, [rows * m / 0.75 for m in mask])
+        for mask in masks
+    ]
+    assert_close(got.scores_NC, np.mean(scores, 0), 2e-3)
+    assert np.abs(scores[0] - scores[1]).max() > 0.01
+
+
+def test_options_of_fit_change_the_result():
+    first = fitted(draws=1)
+    np.testing.assert_array_equal(first.weights_DC, fitted(draws=1).weights_DC)
+    changes = {"draws": 2, "copies": 2, "rate": 0.2, "ranks": (5,), "ridges": (0.5,)}
+    for name, value in {**changes, "key": jax.random.key(5)}.items():
+        other = fitted(**{"draws": 1, name: value})
+        assert np.abs(other.weights_DC - first.weights_DC).max() > 1e-4
+
+
+def test_validation_nodes_choose_and_others_are_not_looked_at():
+    """With every other label garbled the result is the same; ties go to the simpler model."""
+    design, labels_N, train, validation, test = small_design()
+    garbled = labels_N.copy()
+    garbled[test] = -1
+    options = {"ranks": (3, 9), "ridges": (0.0, 0.1), "draws": 0}
+    got = nodeclass.fit(design, garbled, train, validation, jax.random.key(0), **options)
+    want = fitted(draws=0)
+    np.testing.assert_array_equal(got.scores_NC, want.scores_NC)
+    best = want.accuracy_RP.max()
+    row, column = (3, 9).index(want.rank), (0.0, 0.1).index(want.ridge)
+    assert want.accuracy_RP[row, column] == best
+    same = fitted(draws=0, ranks=(9, 9, 400), ridges=(1e-9, 0.0))  # 400 is cut to 15 rows
+    assert same.accuracy_RP.shape == (2, 2)
+    tied = np.argwhere(same.accuracy_RP == same.accuracy_RP.max())
+    if len(tied) > 1:
+        assert same.ridge == 1e-9
+
+
+def test_the_whole_pipeline():
+    graph, features, labels_N, train, validation, test = planted()
+    options = {"num_hops": 3, "embedding_rank": 4, "ranks": (6, 12), "draws": 2}
+    hidden = np.where(np.isin(np.arange(90), test), -1, labels_N)
+    fit = nodeclass.classify(
+        graph, features, hidden, train, validation, jax.random.key(0), pca_rank=30, **options
+    )
+    assert nodeclass.accuracy(fit.scores_NC, labels_N, test) > 0.75
+    implicit = nodeclass.classify(
+        graph, features, hidden, train, validation, jax.random.key(0), pca_rank=None, **options
+    )
+    assert nodeclass.accuracy(implicit.scores_NC, labels_N, test) > 0.75
+    wrong = np.roll(labels_N, 1)
+    assert nodeclass.accuracy(fit.scores_NC, wrong, test) < 0.4
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+
+def fit_with(**changes):
+    design, labels_N, train, validation, _ = small_design()
+    parts = {"design": design, "labels": labels_N, "train": train, "validation": validation}
+    options = {k: v for k, v in changes.items() if k not in parts}
+    parts.update({k: v for k, v in changes.items() if k in parts})
+    return nodeclass.fit(*parts.values(), jax.random.key(0), **options)
+
+
+MISSING = np.where(np.arange(90) == 2, -1, np.arange(90) % 3)
+WRONG = {
+    "no label": (lambda: fit_with(labels=MISSING), "train_T has 1 nodes without a label.* is 2"),
+    "no validation label": (
+        lambda: fit_with(labels=MISSING, train=np.arange(9) + 3, validation=np.array([2])),
+        "validation_V has 1 nodes without a label",
+    ),
+    "one class": (lambda: fit_with(train=np.arange(0, 15, 3)), "one class, expected two"),
+    "outside": (lambda: fit_with(train=np.array([0, 90])), "train_T has node 90, expected 0 to 89"),
+    "negative": (lambda: fit_with(validation=np.array([-1])), "validation_V has node -1"),
+    "mask": (lambda: fit_with(train=np.ones(90, bool)), "dtype bool, expected integers"),
+    "none": (lambda: fit_with(train=np.zeros(0, int)), r"train_T has shape \(0,\)"),
+    "labels": (lambda: fit_with(labels=np.zeros(3, int)), r"labels_N has shape \(3,\), .*\(90,\)"),
+    "zero rows": (lambda: fit_with(design=dense(np.zeros((90, 4), "f"))), "all zero or not finite"),
+    "zero rows, clean": (
+        lambda: fit_with(design=dense(np.zeros((90, 4), "f")), draws=0),
+        "all zero or not finite",
+    ),
+    "rate": (lambda: fit_with(rate=1.0), "rate=1.0"),
+    "draws": (lambda: fit_with(draws=-1), "draws=-1"),
+    "ranks": (lambda: fit_with(ranks=(0,)), r"ranks=\(0,\)"),
+    "ridges": (lambda: fit_with(ridges=(-1.0,)), r"ridges=\(-1.0,\)"),
+    "components": (
+        lambda: nodeclass.principal_components(dense(np.ones((4, 3), "f")), None, rank=4),
+        "rank=4, expected 1 to 3",
+    ),
+    "rank": (
+        lambda: nodeclass.closed_form(least_squares((4, 5))[2], jnp.ones((4, 2)), rank=5),
+        "rank=5, expected 1 to 4",
+    ),
+    "targets": (
+        lambda: nodeclass.closed_form(least_squares((4, 5))[2], jnp.ones(4)),
+        r"targets_TC has shape \(4,\)",
+    ),
+    "accuracy": (
+        lambda: nodeclass.accuracy(np.ones((3, 2)), np.array([0, 1, -1]), np.array([2])),
+        "1 nodes without a label",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_errors_say_what_was_expected(name):
+    call, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,699 @@
+"""Readers against files made here, damage of every kind, and the real sets where they are."""
+
+import gzip
+import io
+import os
+import pickle
+import re
+import struct
+from collections import defaultdict
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from isvd import readers
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+EDGES_E2 = [[0, 1], [1, 2], [3, 1]]
+
+
+def data(*parts):
+    path = DATA.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"no real data: {'/'.join(parts)} is not in shared/data beside the repository")
+    return path
+
+
+def write(path, content):
+    content = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def refuses(path, message, **options):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}{message}')}"):
+        readers.read_edges(path, **options)
+
+
+# The matrix --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("directed", [False, True])
+@pytest.mark.parametrize("loops", ["keep", "drop", "add"])
+@pytest.mark.parametrize("repeated", ["sum", "one"])
+def test_adjacency_is_the_count_of_its_definition(directed, loops, repeated):
+    edges_E2 = np.array([[0, 1], [1, 0], [1, 2], [2, 2], [4, 1], [4, 1]])
+    a_NN = np.zeros((6, 6), np.float32)  # nodes 3 and 5 have no edge
+    for i, j in edges_E2:
+        if i != j or loops == "keep":
+            a_NN[i, j] += 1
+            a_NN[j, i] += not directed
+    a_NN = a_NN + (np.eye(6) if loops == "add" else 0)
+    a_NN = np.minimum(a_NN, 1) if repeated == "one" else a_NN
+    a = readers.adjacency(edges_E2, 6, directed=directed, loops=loops, repeated=repeated)
+    np.testing.assert_array_equal(a.toarray(), a_NN)
+    assert isinstance(a, scipy.sparse.csr_array)
+    assert a.dtype == np.float32
+    assert a.has_canonical_format
+
+
+@pytest.mark.parametrize(
+    ("edges_E2", "num_nodes", "options", "message"),
+    [
+        ([], 3, {}, "edges_E2: no edges, expected at least one"),
+        (np.zeros((0, 2), int), 3, {}, "edges_E2: no edges"),
+        ([[0, 1]], 0, {}, "num_nodes=0: expected a whole number, 1 to 2147483647"),
+        ([[0, 1]], 2.0, {}, "num_nodes=2.0: expected a whole number"),
+        ([[0, 1], [1, 2]], 2, {}, r"edges_E2 has the edge \(1, 2\) in row 1, expected ids 0 to 1"),
+        ([[0, -1]], 2, {}, r"edges_E2 has the edge \(0, -1\) in row 0"),
+        ([0, 1], 2, {}, r"shape \(2,\), expected \(edges, 2\)"),
+        ([[0, 1, 1], [1, 0, 1]], 2, {}, r"shape \(2, 3\), .*did you mean its transpose"),
+        ([[0.0, 1.0]], 2, {}, "dtype float64, expected integers"),
+        ([[0, 1]], 2, {"loops": "no"}, "loops='no': expected one of 'keep', 'drop', 'add'"),
+        ([[0, 1]], 2, {"repeated": "mean"}, "repeated='mean': expected one of 'sum', 'one'"),
+    ],
+)
+def test_adjacency_refuses(edges_E2, num_nodes, options, message):
+    with pytest.raises(ValueError, match=message):
+        readers.adjacency(edges_E2, num_nodes, **options)
+
+
+# Edge lists --------------------------------------------------------------------------------------
+
+TEXTS = {
+    "snap.txt": "# Nodes: 4\n# From To\n0\t1\n1\t2\n3\t1\n",
+    "spaces.edges": "  0 1\n\n1   2  \n3 1",
+    "comments.txt": "% a\n0 1 # first\n\n#b\n1 2\n  % c\n3 1\n",
+    "windows.txt": "# c\r\n0 1\r\n1 2\r\n3 1\r\n",
+    "mark.txt": "\ufeff0 1\n1 2\n3 1\n",
+    "bare.csv": "0,1\n1,2\n3,1\n",
+    "header.csv": "# made by hand\nsource,target\n0, 1\n1 ,2\n3,1\n",
+    "quoted.csv": '"from","to"\r\n"0","1"\r\n"1","2"\r\n"3","1"\r\n',
+    "tabs.tsv": "from\tto\n0\t1\n1\t2\n3\t1\n",
+    "snap.txt.gz": "# c\n0 1\n1 2\n3 1\n",
+    "plain.gz": "0 1\n1 2\n3 1\n",
+    "header.csv.gz": "a,b\n0,1\n1,2\n3,1\n",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_text_gives_the_same_edges(tmp_path, name):
+    graph = readers.read_edges(write(tmp_path / name, TEXTS[name]))
+    np.testing.assert_array_equal(graph.edges_E2, EDGES_E2)
+    assert graph.edges_E2.dtype == np.int32
+    assert graph[1:] == (4, None, 0, 0)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("way", ["quick", "slow"])
+def test_either_way_alone_reads_every_text(tmp_path, name, way, monkeypatch):
+    other = {"quick": "_parse", "slow": "_load_numbers"}[way]
+    monkeypatch.setattr(readers, other, lambda *_: None)
+    path = write(tmp_path / name, TEXTS[name])
+    np.testing.assert_array_equal(readers.read_edges(path).edges_E2, EDGES_E2)
+
+
+def test_delimiter_overrides_the_suffix(tmp_path):
+    path = write(tmp_path / "graph.txt", "a;b\n0;1\n1;2\n3;1\n")
+    np.testing.assert_array_equal(readers.read_edges(path, delimiter=";").edges_E2, EDGES_E2)
+    with pytest.raises(ValueError, match="delimiter='::': expected one character"):
+        readers.read_edges(path, delimiter="::")
+    with pytest.raises(ValueError, match="delimiter='': expected one character"):
+        readers.read_edges(path, delimiter="")
+
+
+def test_arrays_and_matrices(tmp_path):
+    np.save(tmp_path / "edges.npy", np.array(EDGES_E2, np.uint16))
+    np.testing.assert_array_equal(readers.read_edges(tmp_path / "edges.npy").edges_E2, EDGES_E2)
+    for directed in (False, True):
+        a = readers.adjacency(EDGES_E2, 7, directed=directed)
+        for layout in ("csr", "csc", "coo", "bsr"):
+            scipy.sparse.save_npz(tmp_path / "a.npz", a.asformat(layout))
+            graph = readers.read_edges(tmp_path / "a.npz", directed=directed)
+            assert graph.num_nodes == 7
+            assert graph.num_repeated == (0 if directed else 3)  # the reverse arcs
+            again = readers.adjacency(*graph[:2], directed=directed)
+            assert (again != a).nnz == 0
+    assert readers.read_edges(tmp_path / "a.npz", num_nodes=9).num_nodes == 9
+    assert readers.read_edges(tmp_path / "a.npz", remap=True).num_nodes == 4
+
+
+def test_repeated_edges_and_loops(tmp_path):
+    path = write(tmp_path / "g.txt", "2 1\n0 0\n1 2\n2 1\n0 0\n0 1\n")
+    graph = readers.read_edges(path)
+    np.testing.assert_array_equal(graph.edges_E2, [[2, 1], [0, 0], [0, 1]])
+    assert graph[1:] == (3, None, 3, 1)
+    graph = readers.read_edges(path, directed=True)
+    np.testing.assert_array_equal(graph.edges_E2, [[2, 1], [0, 0], [1, 2], [0, 1]])
+    assert graph[1:] == (3, None, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("70 5\n5 1000000000000\n", [5, 70, 10**12]),
+        ("-1 5\n5 2\n", [-1, 2, 5]),
+        ("b a\na ünö\n", ["a", "b", "ünö"]),
+        ("7 b\nb 11\n", ["11", "7", "b"]),  # one name makes all of them names
+    ],
+)
+@pytest.mark.parametrize("remap", [None, True])
+def test_ids_that_are_scattered_or_names_are_remapped(tmp_path, text, names, remap):
+    graph = readers.read_edges(write(tmp_path / "g.txt", text), remap=remap)
+    assert graph.names.tolist() == names
+    assert graph.num_nodes == 3
+    named_E2 = [line.split() for line in text.splitlines()]
+    assert graph.names[graph.edges_E2].astype(str).tolist() == named_E2
+
+
+def test_remap_and_num_nodes_decide(tmp_path):
+    path = write(tmp_path / "g.txt", "1 2\n2 9\n")
+    assert readers.read_edges(path).names.tolist() == [1, 2, 9]
+    assert readers.read_edges(path, remap=False)[1:3] == (10, None)
+    assert readers.read_edges(path, num_nodes=12)[1:3] == (12, None)
+    dense = write(tmp_path / "dense.txt", "1 2\n2 3\n")
+    assert readers.read_edges(dense)[1:3] == (4, None)
+    assert readers.read_edges(dense, remap=True).names.tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="num_nodes=12 and remap=True: give one"):
+        readers.read_edges(path, num_nodes=12, remap=True)
+    with pytest.raises(ValueError, match="num_nodes=0: expected a whole number"):
+        readers.read_edges(path, num_nodes=0)
+
+
+def test_extra_columns_are_refused_unless_ignored(tmp_path):
+    path = write(tmp_path / "g.csv", "from,to,weight\n0,1,0.5\n1,2,x\n3,1,2\n")
+    refuses(path, ", line 2: 3 columns, expected 2; ignore_extra=True leaves the others aside")
+    np.testing.assert_array_equal(readers.read_edges(path, ignore_extra=True).edges_E2, EDGES_E2)
+    path = tmp_path / "w.npz"
+    scipy.sparse.save_npz(path, scipy.sparse.csr_array(np.array([[0, 2.5], [0, 1]])))
+    refuses(path, ": an entry is 2.5, expected 0 or 1")
+    edges_E2 = readers.read_edges(path, ignore_extra=True).edges_E2
+    np.testing.assert_array_equal(edges_E2, [[0, 1], [1, 1]])
+
+
+def test_names_below_a_header_need_a_word(tmp_path):
+    path = write(tmp_path / "g.csv", 'who,whom\n"Li, A.",bo\n')
+    refuses(path, ", line 1: 'who,whom' may be a header or an edge; give header=True or")
+    assert readers.read_edges(path, header=True).names.tolist() == ["Li, A.", "bo"]
+    assert readers.read_edges(path, header=False).num_nodes == 4
+    path = write(tmp_path / "g.txt", "from to\n0 1\n")
+    assert readers.read_edges(path, header=True).num_nodes == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("g.txt", "", ": no edges, expected at least one row"),
+        ("g.txt", "# only\n\n", ": no edges, expected at least one row"),
+        ("g.csv", "", ": no edges, expected at least one row"),
+        ("g.txt.gz", "", ": no edges, expected at least one row"),
+        ("g.txt", "# c\n0 1\n\n2\n", ", line 4: 1 column, expected 2"),
+        ("g.txt", "# c\r\n0 1\r\n2 3 4\r\n", ", line 3: 3 columns, expected 2"),
+        ("g.txt", "0 1\n1 1.5\n", ", line 2: '1.5' is not a whole number, as in the first row"),
+        ("g.txt", "0 1\n1 2.0\n", ", line 2: '2.0' is not a whole number"),
+        ("g.txt", "0 1\n1 two\n", ", line 2: 'two' is not a whole number"),
+        ("g.txt", "0 1\n1 1_0\n", ", line 2: '1_0' is not a whole number"),
+        ("g.txt", "0 1\n1 2\0\n", r", line 2: '2\x00' is not a whole number"),
+        ("g.txt", f"0 1\n{2**63} 1\n", ", line 2: id 9223372036854775808 is over 63 bits"),
+        ("g.txt", b"a b\ncaf\xe9 b\n", r", line 2: 'caf\udce9' is not a name in UTF-8"),
+        ("g.csv", "a,b\n0,1\n1,\n", ", line 3: '' is not a whole number"),
+        ("g.csv", "0,1\n\n1;2\n", ", line 3: 1 column, expected 2"),
+        ("g.csv.gz", "0,1\n\nx,2\n", ", line 3: 'x' is not a whole number"),
+        ("g.graphml", "0 1\n", ": unknown suffix '.graphml', known are .npy"),
+        ("g.npy.gz", "0 1\n", ": unknown suffix '.npy.gz'"),
+        ("g.npy", "", ": not an array of numpy that can be read"),
+        ("g.npy", "0 1\n", ": not an array of numpy that can be read"),
+        ("g.npz", "0 1\n", ": not a sparse matrix of scipy"),
+    ],
+)
+def test_damage_is_refused_with_its_place(tmp_path, name, content, message):
+    refuses(write(tmp_path / name, content), message)
+
+
+def test_ids_out_of_range_are_refused_with_their_line(tmp_path):
+    path = write(tmp_path / "g.csv", "# c\na,b\n0,1\n\n1,7\n-3,1\n")
+    refuses(path, ", line 5: edge (1, 7), expected ids 0 to 6", num_nodes=7)
+    refuses(path, ", line 6: edge (-3, 1), expected ids 0 to 7; remap=True takes", remap=False)
+    path = write(tmp_path / "g.txt", f"0 1\n1 {2**31 - 1}\n")
+    refuses(path, ", line 2: edge (1, 2147483647), expected ids 0 to 2147483646", remap=False)
+    path = write(tmp_path / "names.txt", "0 1\nb 1\n")
+    refuses(path, ", line 2: 'b' is not a whole number, for ids are not remapped", num_nodes=3)
+    path = tmp_path / "g.npy"
+    np.save(path, [[0, 1], [1, -2]])
+    refuses(path, ", row 1: edge (1, -2), expected ids 0 to 1", remap=False)
+
+
+def test_a_cut_gzip_file_is_refused(tmp_path):
+    rows = "".join(f"{i} {i * i % 5003}\n" for i in range(5000))
+    path = write(tmp_path / "g.txt.gz", rows)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(
+        ValueError, match=r"g\.txt\.gz, line \d+: damaged gzip file: Compressed file"
+    ):
+        readers.read_edges(path)
+    write(path.with_suffix(""), rows).rename(path)
+    refuses(path, ", line 1: damaged gzip file: Not a gzipped file")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 3), int), " has shape (3, 3), expected (edges, 2)"),
+        (np.zeros((0, 2), int), ": no edges"),
+        (np.zeros((3, 2)), " has dtype float64, expected integers"),
+        (np.array([[0, 2**63]], np.uint64), ": id 9223372036854775808 is over 63 bits"),
+        (np.array([[0, None]]), ": not an array of numpy that can be read: Object arrays"),
+    ],
+)
+def test_arrays_of_another_kind_are_refused(tmp_path, array, message):
+    np.save(tmp_path / "g.npy", array, allow_pickle=True)
+    refuses(tmp_path / "g.npy", message)
+
+
+def test_matrices_of_another_kind_are_refused(tmp_path):
+    path = tmp_path / "g.npz"
+    scipy.sparse.save_npz(path, scipy.sparse.csr_array((3, 4)))
+    refuses(path, ": a matrix of shape (3, 4), expected a square one")
+    scipy.sparse.save_npz(path, scipy.sparse.csr_array((3, 3)))
+    refuses(path, ": no edges, expected at least one nonzero entry")
+    a = scipy.sparse.csr_array(np.eye(3))
+    a.indices[1] = 8
+    scipy.sparse.save_npz(path, a)
+    refuses(path, ": not a sparse matrix of scipy: ")
+    path.write_bytes(path.read_bytes()[:-40])
+    refuses(path, ": not a sparse matrix of scipy: ")
+    refuses(path, ": delimiter and header are for texts", header=True)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.txt: no such file"):
+        readers.read_edges(tmp_path / "none.txt")
+    with pytest.raises(FileNotFoundError, match=r"train\.txt\.npy: no such file"):
+        readers.read_asymproj(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"ind\.cora\.x: no such file"):
+        readers.read_planetoid(tmp_path, "cora")
+
+
+# Splits ------------------------------------------------------------------------------------------
+
+
+def pairs(edges_E2):
+    return {tuple(sorted(pair)) for pair in edges_E2.tolist()}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_split_edges_is_a_partition_with_true_negatives(seed):
+    edges_E2 = np.random.default_rng(seed).integers(0, 40, (300, 2))
+    split = readers.split_edges(edges_E2, 45, fraction=0.25, seed=seed)
+    every = {pair for pair in pairs(edges_E2) if pair[0] != pair[1]}
+    train, test, negative = map(pairs, split[:3])
+    assert train | test == every
+    assert len(train) + len(test) == len(every)
+    assert len(test) == len(split.test_E2) == round(0.25 * len(every))
+    assert len(negative) == len(split.test_negative_E2) == len(test)
+    assert not negative & every
+    assert all(0 <= i < j < 45 for i, j in negative)
+    assert {part.dtype for part in split[:3]} == {np.dtype(np.int32)}
+    for seeds, same in (((seed, seed), True), ((seed, seed + 7), False)):
+        parts = [readers.split_edges(edges_E2, 45, fraction=0.25, seed=s)[:3] for s in seeds]
+        assert all(np.array_equal(*both) == same for both in zip(*parts, strict=True))
+
+
+def test_negatives_are_uniform_over_the_pairs_without_an_edge():
+    edges_E2 = np.array([[1, 0], [3, 4], [2, 2], [0, 1], [1, 3]])
+    free = {(i, j) for j in range(5) for i in range(j)} - pairs(edges_E2)
+    counts = dict.fromkeys(free, 0)
+    for seed in range(1400):
+        for pair in pairs(readers.split_edges(edges_E2, 5, fraction=0.4, seed=seed)[2]):
+            counts[pair] += 1
+    # 1400 draws of one pair out of 7: 200 each, standard deviation 13.
+    assert len(counts) == 7
+    assert all(abs(count - 200) < 66 for count in counts.values())
+
+
+def test_all_free_pairs_can_be_taken():
+    edges_E2 = np.array([(i, j) for j in range(6) for i in range(j)])[:-3]
+    split = readers.split_edges(edges_E2, 6, fraction=0.25, seed=0)  # 3 of 12, and 3 pairs are free
+    assert pairs(split.test_negative_E2) == {(2, 5), (3, 5), (4, 5)}
+    with pytest.raises(ValueError, match="4 edges to hold out but only 3 of 15 pairs have no edge"):
+        readers.split_edges(edges_E2, 6, fraction=0.33, seed=0)
+
+
+def test_numbers_of_pairs_are_exact_for_the_largest_graphs():
+    high_E = np.array([1, 2, 3, 10**5, 2**26 + 1, 2**31 - 2], np.int64)
+    for low_E in (0 * high_E, high_E // 2, high_E - 1):
+        pairs_E2 = readers._numbered_pairs(high_E * (high_E - 1) // 2 + low_E)
+        np.testing.assert_array_equal(pairs_E2, np.stack([low_E, high_E], 1))
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.5, 2, float("nan")])
+def test_split_edges_refuses_fractions(fraction):
+    with pytest.raises(ValueError, match=f"fraction={fraction}: expected a number between 0 and 1"):
+        readers.split_edges(EDGES_E2, 4, fraction=fraction, seed=0)
+
+
+def test_split_edges_needs_two_edges():
+    with pytest.raises(ValueError, match="1 distinct edges without loops, expected at least 2"):
+        readers.split_edges([[0, 1], [1, 0], [2, 2]], 4, fraction=0.5, seed=0)
+    with pytest.raises(ValueError, match="no edges"):
+        readers.split_edges(np.zeros((0, 2), int), 4, fraction=0.5, seed=0)
+
+
+def write_asymproj(folder, train, test, negative):
+    for name, edges in (("train", train), ("test", test), ("test.neg", negative)):
+        np.save(folder / f"{name}.txt.npy", np.array(edges, np.int32))
+
+
+def test_read_asymproj(tmp_path):
+    write_asymproj(tmp_path, EDGES_E2, [[3, 3], [0, 2]], [[2, 3]])
+    split = readers.read_asymproj(tmp_path)
+    assert split.num_nodes == 4
+    assert [part.tolist() for part in split[:3]] == [EDGES_E2, [[3, 3], [0, 2]], [[2, 3]]]
+    assert {part.dtype for part in split[:3]} == {np.dtype(np.int32)}
+
+
+@pytest.mark.parametrize(
+    ("test", "negative", "message"),
+    [
+        ([[0, 4]], [[2, 3]], r"test\.txt\.npy has the edge \(0, 4\) in row 0, expected ids 0 to 3"),
+        ([[0, 3]], [[2, -3]], r"test\.neg\.txt\.npy has the edge \(2, -3\) in row 0"),
+        (
+            [[0, 3]],
+            [[0, 2], [2, 1], [1, 3]],
+            r"test\.neg\.txt\.npy: 2 of 3 negatives are edges of train\.txt\.npy, .* \(2, 1\)$",
+        ),
+        ([[0, 3]], [[3, 0]], r"1 of 1 negatives are edges of test\.txt\.npy, .* \(3, 0\)$"),
+        ([[0, 3]], [[0.5, 3]], None),
+        (np.zeros((0, 2)), [[0, 3]], r"test\.txt\.npy: no edges"),
+    ],
+)
+def test_read_asymproj_refuses(tmp_path, test, negative, message):
+    write_asymproj(tmp_path, EDGES_E2, test, negative)
+    if message is None:
+        np.save(tmp_path / "test.neg.txt.npy", negative)
+        message = r"test\.neg\.txt\.npy has dtype float64, expected integers"
+    with pytest.raises(ValueError, match=message):
+        readers.read_asymproj(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "num_nodes", "num_entries", "max_degree", "num_loops"),
+    [
+        ("ppi", (19349, 19356, 19356), 3852, 38294, 300, 404),
+        ("ca-HepTh", (13330, 11496, 11496), 8638, 26652, 31, 8),
+    ],
+)
+def test_real_splits(name, sizes, num_nodes, num_entries, max_degree, num_loops):
+    split = readers.read_asymproj(data("asymproj", name))
+    assert tuple(map(len, split[:3])) == sizes
+    assert split.num_nodes == num_nodes
+    a = readers.adjacency(split.train_E2, num_nodes)
+    assert a.nnz == num_entries
+    assert a.sum(1).max() == max_degree
+    assert (a.diagonal() == 2).sum() == a.diagonal().astype(bool).sum() == num_loops
+    graph = readers.read_edges(data("asymproj", name, "train.txt.npy"))
+    np.testing.assert_array_equal(graph.edges_E2, split.train_E2)
+    assert graph[1:] == (num_nodes, None, 0, num_loops)
+
+
+# Planetoid ---------------------------------------------------------------------------------------
+
+
+class _Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 does, which had them as strings."""
+
+    def save_bytes(self, value):
+        self.write(b"T" + struct.pack("<i", len(value)) + value)
+
+    dispatch: ClassVar = {**pickle._Pickler.dispatch, bytes: save_bytes}
+
+
+def python2_pickle(value):
+    file = io.BytesIO()
+    _Python2Pickler(file, protocol=2).dump(value)
+    renamed = file.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    return renamed.replace(b"cscipy.sparse._csr\n", b"cscipy.sparse.csr\n")
+
+
+NUM_KNOWN, NUM_TRAIN, NUM_NODES = 504, 4, 508
+TEST_IDS = [507, 504, 506]  # 505 is missing
+
+
+@pytest.fixture
+def planetoid(tmp_path):
+    """A made set: allx[i] has words i % 5 and 5, node i has class i % 2; (what it is, write)."""
+    all_x = np.eye(5, 6, dtype=np.float32)[np.arange(NUM_KNOWN) % 5]
+    all_x[:, 5] = 1
+    all_y = np.eye(2, dtype=np.int32)[np.arange(NUM_KNOWN) % 2]
+    graph = defaultdict(list, {i: [(i + 1) % NUM_NODES] for i in range(NUM_NODES)})
+    graph[3] = [4, 4, 3, 100]
+    parts = {
+        "x": scipy.sparse.csr_matrix(all_x[:NUM_TRAIN]),
+        "y": all_y[:NUM_TRAIN],
+        "tx": scipy.sparse.csr_matrix(np.eye(3, 6, dtype=np.float32)),
+        "ty": np.eye(2, dtype=np.int32)[[1, 0, 0]],
+        "allx": scipy.sparse.csr_matrix(all_x),
+        "ally": all_y,
+        "graph": graph,
+    }
+
+    def put(part, value):
+        write(tmp_path / f"ind.toy.{part}", value)
+
+    for part, value in parts.items():
+        put(part, python2_pickle(value))
+    put("test.index", "".join(f"{i}\n" for i in TEST_IDS))
+    return tmp_path, parts, put
+
+
+def test_read_planetoid(planetoid):
+    folder, parts, _ = planetoid
+    citations = readers.read_planetoid(folder, "toy")
+    a = citations.adjacency
+    a_NN = np.zeros((NUM_NODES, NUM_NODES))
+    for node, neighbours in parts["graph"].items():
+        a_NN[node, neighbours] = a_NN[neighbours, node] = 1
+    np.testing.assert_array_equal(a.toarray(), a_NN)
+    assert a[3, 3] == 1
+    x = citations.features.toarray()
+    np.testing.assert_array_equal(x[:NUM_KNOWN], parts["allx"].toarray())
+    np.testing.assert_array_equal(x[TEST_IDS], np.eye(3, 6))
+    assert not x[505].any()
+    np.testing.assert_array_equal(citations.labels_N[:NUM_KNOWN], np.arange(NUM_KNOWN) % 2)
+    assert citations.labels_N[504:].tolist() == [0, -1, 0, 1]
+    assert citations.num_classes == 2
+    np.testing.assert_array_equal(citations.train_I, np.arange(4))
+    np.testing.assert_array_equal(citations.validation_I, np.arange(4, 504))
+    assert citations.test_I.tolist() == sorted(TEST_IDS)
+
+
+@pytest.mark.parametrize("dtype", [">i4", "<i8", "u1", "f4", ">f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_every_layout_are_read(planetoid, dtype, order):
+    folder, parts, put = planetoid
+    put("ty", python2_pickle(parts["ty"].astype(dtype, order=order)))
+    labels_N = readers.read_planetoid(folder, "toy").labels_N
+    assert labels_N[TEST_IDS].tolist() == [1, 0, 0]
+
+
+class _Hostile:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("part", ["x", "ally", "graph"])
+def test_a_hostile_pickle_is_refused_and_runs_nothing(planetoid, part):
+    folder, _, put = planetoid
+    mark = folder / "ran"
+    bomb = pickle.dumps(_Hostile(mark), protocol=2)
+    put(part, bomb)
+    with pytest.raises(
+        ValueError, match=rf"ind\.toy\.{part}: .*{os.name}\.system, which is refused"
+    ):
+        readers.read_planetoid(folder, "toy")
+    assert not mark.exists()
+    pickle.loads(bomb)  # the same bytes do run elsewhere, so the test can fail
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("builtins", "eval"),
+        ("__builtin__", "eval"),
+        ("numpy", "load"),
+        ("numpy.core.multiarray", "fromfile"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("collections", "OrderedDict"),
+        ("scipy.sparse._csr", "csr_matrix"),
+        ("copyreg", "_reconstructor"),
+    ],
+)
+def test_every_other_name_is_refused(planetoid, module, name):
+    folder, _, put = planetoid
+    put("graph", f"c{module}\n{name}\n.")
+    with pytest.raises(ValueError, match=rf"ind\.toy\.graph: .*{module}\.{name}, which is refused"):
+        readers.read_planetoid(folder, "toy")
+
+
+def csr(**changes):
+    """A matrix (504, 6) whose attributes are changed after it was made, as damage would."""
+    a = scipy.sparse.csr_matrix(np.ones((NUM_KNOWN, 6), np.float32))
+    for name, value in changes.items():
+        setattr(a, name, value(getattr(a, name)) if callable(value) else value)
+    return a
+
+
+def changed(position, value):
+    def change(array):
+        array[position] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        (
+            "allx",
+            csr(data=lambda a: a.astype(object)),
+            "data has dtype |O8, expected integers or floats",
+        ),
+        ("allx", csr(data=lambda a: a[:-1]), "3023 values do not make a matrix of shape (504, 6)"),
+        ("allx", csr(data=changed(5, np.nan)), "entries that are not finite"),
+        ("allx", csr(indices=changed(7, 6)), "column 6, expected 0 to 5 in a matrix of"),
+        ("allx", csr(indices=changed(7, -1)), "column -1, expected 0 to 5"),
+        (
+            "allx",
+            csr(indices=lambda a: a.astype(float)),
+            "indices has dtype <f8, expected integers",
+        ),
+        ("allx", csr(indptr=changed(3, 0)), "row starts do not rise from 0 to the 3024 entries"),
+        ("allx", csr(indptr=changed(504, 3000)), "row starts do not rise"),
+        ("allx", csr(indptr=lambda a: a[:-1]), "504 row starts"),
+        ("allx", csr(_shape=(504, -6)), "shape (504, -6), expected two positive sizes"),
+        ("allx", csr(_shape=(504, 10**12)), "expected two positive sizes"),
+        ("allx", np.ones((504, 6)), "no csr_matrix, _shape, data, indices, indptr missing"),
+        ("x", csr(), "x and y are not the first 504 rows"),
+        ("tx", csr(), "shape (504, 6), expected (3, 6) to fit the other files"),
+        ("y", np.eye(2, dtype=np.int32), "shape (2, 2), expected (4, 2) to fit"),
+        ("ally", np.ones((504, 2), np.int32), "row 0 is [1 1], expected one 1 and else 0"),
+        ("ty", np.zeros((3, 2), np.int32), "row 0 is [0 0], expected one 1 and else 0"),
+        ("ty", np.array([[1, None]] * 3), "the array has dtype |O8, expected"),
+        ("ty", np.array([1, 0, 0]), "has shape (3,), expected 2 sizes"),
+        ("ty", np.ones((3, 2), bool), "the array has dtype |b1, expected integers or floats"),
+        ("ty", np.ones((3, 2), complex), "the array has dtype <c16, expected"),
+        ("ty", np.zeros((3, 2), [("a", "i4")]), "the array has dtype |V4, expected"),
+        ("ty", [[1, 0]], "the array is of type list, expected an array"),
+        ("graph", {}, "expected lists of neighbours by node, and at least one"),
+        ("graph", [1], "expected lists of neighbours by node"),
+        ("graph", {0: [1], 2: [0]}, "node 2, expected 0 to 1"),
+        ("graph", {0: [1], "1": [0]}, "node '1', expected 0 to 1"),
+        ("graph", {0: [1], 1: [2]}, "node 1 has the neighbour 2, expected 0 to 1"),
+        ("graph", {0: [1], 1: [True]}, "node 1 has the neighbour True"),
+        ("graph", {0: [1], 1: 0}, "neighbours of node 1 are not a list"),
+        ("graph", {0: [], 1: []}, "no edges, expected at least one"),
+    ],
+)
+def test_damaged_pickles_are_refused(planetoid, part, value, message):
+    folder, _, put = planetoid
+    if part == "x":  # then y has to fit
+        put("y", python2_pickle(np.eye(2, dtype=np.int32)[np.arange(NUM_KNOWN) % 2]))
+        message = "504 rows, expected 504 to train and 500 to validate at least"
+        part, written = "allx", "x"
+    else:
+        written = part
+    put(written, python2_pickle(value))
+    with pytest.raises(ValueError, match=rf"ind\.toy\.{part}: .*{re.escape(message)}"):
+        readers.read_planetoid(folder, "toy")
+
+
+def test_x_has_to_begin_allx(planetoid):
+    folder, parts, put = planetoid
+    x = parts["x"].copy()
+    x.data[0] = 3
+    put("x", python2_pickle(x))
+    with pytest.raises(ValueError, match=r"ind\.toy\.x: x and y are not the first 4 rows of allx"):
+        readers.read_planetoid(folder, "toy")
+
+
+def test_a_cut_pickle_is_refused(planetoid):
+    folder, parts, put = planetoid
+    for content in (python2_pickle(parts["allx"])[:-100], b"", b"garbage"):
+        put("allx", content)
+        with pytest.raises(ValueError, match=r"ind\.toy\.allx: not a pickle that can be read"):
+            readers.read_planetoid(folder, "toy")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("507\n503\n506\n", ", line 2: id 503, expected 504 to 507, the nodes of the graph after"),
+        ("507\n508\n506\n", ", line 2: id 508"),
+        ("507\n\nx\n", ", line 3: 'x', expected one id"),
+        ("507 1\n", ", line 1: '507 1', expected one id"),
+        ("507\n506\n507\n", ": 3 ids of 2 nodes, expected each once"),
+        ("", ": 0 ids of 0 nodes"),
+    ],
+)
+def test_damaged_test_index_is_refused(planetoid, text, message):
+    folder, _, put = planetoid
+    put("test.index", text)
+    with pytest.raises(ValueError, match=rf"ind\.toy\.test\.index{re.escape(message)}"):
+        readers.read_planetoid(folder, "toy")
+
+
+MISSING = [2407, 2489, 2553, 2682, 2781, 2953, 3042, 3063]
+MISSING += [3212, 3214, 3250, 3292, 3305, 3306, 3309]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "num_classes", "num_edges", "num_loops", "missing"),
+    [
+        ("cora", (2708, 1433), 7, 5278, 0, []),
+        ("citeseer", (3327, 3703), 6, 4552, 124, MISSING),
+    ],
+)
+def test_real_citations(name, shape, num_classes, num_edges, num_loops, missing):
+    citations = readers.read_planetoid(data("planetoid"), name)
+    a, x = citations.adjacency, citations.features
+    assert x.shape == shape
+    assert x.dtype == a.dtype == np.float32
+    assert citations.num_classes == num_classes
+    assert (a != a.T).nnz == 0
+    assert set(a.data) == set(x.data) == {1}
+    assert np.count_nonzero(a.diagonal()) == num_loops
+    assert a.nnz == 2 * num_edges + num_loops
+    np.testing.assert_array_equal(np.flatnonzero(citations.labels_N < 0), missing)
+    assert not x[missing].nnz
+    assert (np.diff(a.indptr)[missing] > 0).all()
+    counts = np.bincount(citations.labels_N[citations.train_I])
+    assert counts.tolist() == [20] * num_classes
+    assert list(map(len, citations[4:])) == [20 * num_classes, 500, 1000]
+    assert len(np.unique(np.concatenate(citations[4:]))) == 20 * num_classes + 1500
+
+
+def test_rows_of_test_nodes_follow_the_test_index():
+    """Papers cite papers of their class and their words; rows in the order of the file do not."""
+    folder = data("planetoid")
+    citations = readers.read_planetoid(folder, "cora")
+    inside = citations.adjacency[citations.test_I][:, citations.test_I].tocoo()
+    labels_I, x_IF = citations.labels_N[citations.test_I], citations.features[citations.test_I]
+    wrong_I = np.argsort(np.loadtxt(folder / "ind.cora.test.index", int))  # as if it were sorted
+    wrong_I = np.argsort(wrong_I)
+
+    def agreement(labels_I, x_IF):
+        same_class = (labels_I[inside.row] == labels_I[inside.col]).mean()
+        return same_class, x_IF[inside.row].multiply(x_IF[inside.col]).sum(1).mean()
+
+    right, wrong = agreement(labels_I, x_IF), agreement(labels_I[wrong_I], x_IF[wrong_I])
+    assert right[0] > 0.75
+    assert wrong[0] < 0.3
+    assert right[1] > 2 * wrong[1]

@@ -1,0 +1,114 @@
+"""What the battery of test_operators.py does not ask of sparse matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+from jax.experimental import sparse as jax_sparse
+
+from isvd import operators, spmm
+
+
+def random_matrix(shape=(40, 30), seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=shape) * (rng.random(shape) < 0.2)).astype("float32")
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "coo", "lil", "dok", "bsr", "dia"])
+@pytest.mark.parametrize("family", ["array", "matrix"])
+def test_every_format_of_scipy(kind, family):
+    a_MN = random_matrix()
+    given = getattr(scipy.sparse, f"{kind}_{family}")(scipy.sparse.csr_array(a_MN))
+    op = spmm.sparse(given)
+    np.testing.assert_allclose(op.to_dense(), a_MN, rtol=1e-6)
+    np.testing.assert_allclose(op.H.to_dense(), a_MN.T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [jax_sparse.BCOO, jax_sparse.BCSR])
+def test_formats_of_jax_with_padding(kind):
+    a_MN = random_matrix()
+    np.testing.assert_allclose(
+        spmm.sparse(kind.fromdense(a_MN, nse=400)).to_dense(), a_MN, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 8, 9, 33])
+def test_any_number_of_columns(columns):
+    a_MN = random_matrix()
+    x_NC = np.random.default_rng(1).normal(size=(30, columns)).astype("float32")
+    np.testing.assert_allclose(
+        spmm.sparse(scipy.sparse.csr_array(a_MN)) @ x_NC, a_MN @ x_NC, atol=1e-5
+    )
+
+
+def test_other_platforms_are_given_no_padding():
+    """What is lowered for TPU multiplies one column, for CPU eight."""
+    op = spmm.sparse(scipy.sparse.csr_array(random_matrix()))
+    product = jax.jit(lambda x_NC: op.matmat(x_NC)).trace(jnp.ones((30, 1)))
+    assert "30x8" in product.lower(lowering_platforms=("cpu",)).as_text()
+    assert "30x8" not in product.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_entries_are_added_zeros_kept_and_integers_made_floats():
+    twice = scipy.sparse.coo_array(([1, 2, 0], ([0, 0, 1], [1, 1, 0])), shape=(2, 2))
+    op = spmm.sparse(twice)
+    assert op.dtype == jnp.float32
+    np.testing.assert_array_equal(op.to_dense(), [[0, 3], [0, 0]])
+    assert op.matmat.args[0].size == 2
+    empty = spmm.sparse(scipy.sparse.csr_array((3, 2)))
+    np.testing.assert_array_equal(empty @ np.ones((2, 4), "f"), np.zeros((3, 4)))
+
+
+def test_values_may_be_traced():
+    rows, columns = np.array([2, 0, 1]), np.array([1, 1, 0])
+
+    @jax.jit
+    def total(values):
+        return (spmm.sparse_from_entries(rows, columns, values, (3, 2)) @ jnp.ones(2)).sum()
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.arange(3.0)), np.ones(3))
+
+
+def test_verify_finds_what_is_not_finite():
+    matrix = scipy.sparse.csr_array(random_matrix())
+    matrix.data[0] = np.inf
+    row = np.flatnonzero(matrix.indptr)[0] - 1
+    with pytest.raises(ValueError, match=f"in rows {row} and columns {matrix.indices[0]}"):
+        operators.verify(spmm.sparse(matrix), jax.random.key(0))
+
+
+WRONG = {
+    "a dense array": (lambda: spmm.sparse(np.ones((2, 2))), "not ndarray; `dense` is for arrays"),
+    "one axis": (
+        lambda: spmm.sparse(scipy.sparse.coo_array(np.ones(3))),
+        r"a sparse array of shape \(3,\): expected two axes",
+    ),
+    "batched": (
+        lambda: spmm.sparse(jax_sparse.BCOO.fromdense(jnp.ones((2, 2, 2)), n_batch=1)),
+        "with 1 batch and 0 dense axes",
+    ),
+    "lengths": (
+        lambda: spmm.sparse_from_entries([0], [0, 1], [1.0, 1.0], (2, 2)),
+        r"rows_E has shape \(1,\), columns_E \(2,\) and values_E \(2,\)",
+    ),
+    "row": (
+        lambda: spmm.sparse_from_entries([0, 2], [0, 1], [1.0, 1.0], (2, 3)),
+        r"rows_E has 2 at entry 1, expected 0 to 1 in a matrix of shape \(2, 3\)",
+    ),
+    "column": (
+        lambda: spmm.sparse_from_entries([0, 1], [0, -1], [1.0, 1.0], (2, 3)),
+        "columns_E has -1 at entry 1, expected 0 to 2",
+    ),
+    "indices": (
+        lambda: spmm.sparse_from_entries([0.0], [0.0], [1.0], (2, 3)),
+        "rows_E has dtype float64, expected integers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_wrong_requests(case):
+    request, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        request()
