@@ -1,9 +1,12 @@
-"""The SVD of matrices that are never formed. So far: linear operators and their algebra.
+"""The SVD of matrices that are never formed, and what can be built on it.
+
+`isvd.estimators` has the interface of scikit-learn, and needs it; `isvd.readers` reads graphs.
 
 Source: Abu-El-Haija et al., "Implicit SVD for Graph Representation Learning" (NeurIPS 2021,
 arXiv 2111.06312).
 """
 
+from isvd.adaptive import svd_to_error
 from isvd.algebra import (
     centered,
     geometric_sum,
@@ -14,6 +17,7 @@ from isvd.algebra import (
     vstack,
     windowed_sum,
 )
+from isvd.factorize import SVD, svd
 from isvd.operators import (
     LinearOperator,
     adjoint_defect,
@@ -27,24 +31,50 @@ from isvd.operators import (
     ones,
     verify,
 )
+from isvd.orthonormal import orthonormalize
+from isvd.solve import (
+    Eigen,
+    approximation,
+    eigh,
+    frobenius_norm,
+    low_rank_product,
+    pinv_solve,
+    spectral_norm,
+    trace,
+)
+from isvd.spmm import sparse, sparse_from_entries
 
 __all__ = [
+    "SVD",
+    "Eigen",
     "LinearOperator",
     "adjoint_defect",
+    "approximation",
     "centered",
     "dense",
     "diagonal",
+    "eigh",
     "from_matmat",
+    "frobenius_norm",
     "geometric_sum",
     "hstack",
     "identity",
     "linearity_defect",
     "low_rank",
+    "low_rank_product",
     "nonfinite",
     "ones",
+    "orthonormalize",
+    "pinv_solve",
     "polynomial",
+    "sparse",
+    "sparse_from_entries",
+    "spectral_norm",
+    "svd",
+    "svd_to_error",
     "take_columns",
     "take_rows",
+    "trace",
     "verify",
     "vstack",
     "windowed_sum",

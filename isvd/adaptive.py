@@ -87,7 +87,7 @@ def _enough(s_K: np.ndarray, tail: float, error: float, norm: str, complete: boo
 
 
 def _joined(op: LinearOperator, old: SVD, new: SVD) -> SVD:
-    """Both sets of triplets as one, orthonormal to rounding: the SVD of A on their right vectors."""
+    """Both sets as one, orthonormal to rounding: the SVD of A on all their right vectors."""
     v_NK, _ = orthonormalize(jnp.hstack([old.v_NK, new.v_NK]))
     u_MK, s_K, vh_KK = jnp.linalg.svd(op.matmat(v_NK), full_matrices=False)
     v_NK = jnp.matmul(v_NK, vh_KK.conj().T, precision="highest")

@@ -31,8 +31,9 @@ class SVD(NamedTuple):
         u_MK, s_K, v_NK: singular vectors and values, largest first. The entry of largest modulus
             of each left vector is positive, so that runs can be compared.
         residual_K: |A^H u - s v| of each triplet (|A v - s u| is at rounding): some singular value
-            lies within it of s, the error of s is about its square over the gap to the others, the
-            angle of u and v to the exact ones it over the gap. Subspace iteration gives |A v - s u|.
+            lies within it of s, the error of s is about its square over the gap to the others,
+            and the angle of u and v to the exact ones is about it over the gap. Subspace iteration
+            gives |A v - s u|. Below rounding, eps * s[0], it means nothing.
         products: columns that were multiplied, by A or by A^H.
         converged: whether every residual is below tol * s[0].
     """
@@ -86,14 +87,14 @@ def svd(
     Args:
         rank: K, from 1 to min(M, N).
         method: "krylov", or "subspace" for the iSVD paper's algorithm.
-        tol: residual to reach, relative to s[0]; by default eps ** (2 / 3) of the type. Values are far
-            more accurate than that. Subspace iteration with tol=None makes its ten iterations
-            whatever they give.
+        tol: residual to reach, relative to s[0]; by default eps ** (2 / 3) of the type. Values are
+            far more accurate than that. Subspace iteration with tol=None makes its ten
+            iterations whatever they give.
         max_products: columns multiplied at most (a started cycle is finished, so somewhat more).
         block: columns of one product, 8 by default; more suits accelerators. It is the
             multiplicity that one pass can see: clusters that are larger are searched for.
-        width: columns of the Krylov basis, which bound memory: (M + N) * width numbers. More of them
-            need fewer products. If it reaches min(M, N) the matrix is formed and factored.
+        width: columns of the Krylov basis, which bound memory: (M + N) * width numbers. More of
+            them need fewer products. If it reaches min(M, N) the matrix is formed and factored.
         oversample: subspace iteration's p, by default min(rank, 30).
         warm_start: an SVD of a similar operator, or its right vectors (N, any): the first block.
     Raises:
@@ -165,7 +166,8 @@ def _checked_plan(
         warm = warm_start.v_NK if isinstance(warm_start, SVD) else warm_start
         if np.ndim(warm) != 2 or np.shape(warm)[0] != op.shape[1]:
             raise ValueError(
-                f"warm_start has shape {np.shape(warm)}, expected right vectors ({op.shape[1]}, any)"
+                f"warm_start has shape {np.shape(warm)}, expected right vectors "
+                f"({op.shape[1]}, any)"
             )
         columns = min(np.shape(warm)[1], limit)
     eps = float(jnp.finfo(op.dtype).eps)
@@ -377,14 +379,14 @@ class _Cycle(NamedTuple):
     dropped: jax.Array  # residual that a search for copies left out of `tail`
     searched_K: jax.Array  # singular values before that search, or NaN
     done: jax.Array
-    key: jax.Array
+    noise_XB: jax.Array  # random numbers, max(M, N) rows: see `_noise`
 
 
 def _krylov(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
-    start_key, key = jax.random.split(key)
+    noise_XB = jax.random.normal(key, (max(op.shape), plan.block), op.dtype)
     products = plan.block
     if warm_NB is None:
-        left_MB = jax.random.normal(start_key, (op.shape[0], plan.block), op.dtype)
+        left_MB = noise_XB[: op.shape[0]]
     else:
         left_MB = op.matmat(warm_NB[:, : plan.block].astype(op.dtype))
         left_MB /= _positive(jnp.abs(left_MB).max())
@@ -409,7 +411,7 @@ def _krylov(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array 
         dropped=jnp.zeros((), real),
         searched_K=jnp.full(plan.rank, jnp.nan, real),
         done=jnp.bool(False),
-        key=key,
+        noise_XB=noise_XB,
     )
     cycle = jax.lax.while_loop(unfinished, functools.partial(_cycle, plan, op, scale), cycle)
     k = plan.rank
@@ -430,19 +432,20 @@ def _residual(cycle: _Cycle, k: int) -> jax.Array:
 def _cycle(plan: _Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cycle:
     """Fill the basis, factor the small matrix, keep its leading triplets."""
     block, width, k = plan.block, plan.width, plan.rank
-    key, step_key, search_key = jax.random.split(c.key, 3)
     num_steps = (width - c.filled) // block
 
     def step(j: jax.Array, basis: _Basis) -> _Basis:
         """Two products, from which the recurrence takes what they have along known vectors."""
         at = c.filled + j.astype(jnp.int32) * block
-        key_u, key_v = jax.random.split(jax.random.fold_in(step_key, j))
+        noise_M, noise_N = (
+            _noise(c, size, c.products + 2 * at + i) for i, size in enumerate(op.shape)
+        )
         v_WN = _put(basis.v_WN, basis.next_NB.T, at, 0)
         left_MB = op.matmat(basis.next_NB) / scale
         size = jnp.maximum(basis.size, jnp.linalg.norm(left_MB, axis=0).max())
-        u_MB, r_BB = _next_block(key_u, left_MB - basis.known_MB, basis.u_WM, at, size)
+        u_MB, r_BB = _next_block(noise_M, left_MB - basis.known_MB, basis.u_WM, at, size)
         right_NB = op.rmatmat(u_MB) / scale - _mm(basis.next_NB, r_BB.conj().T)
-        next_NB, s_BB = _next_block(key_v, right_NB, v_WN, at + block, size)
+        next_NB, s_BB = _next_block(noise_N, right_NB, v_WN, at + block, size)
         known_MB = _mm(u_MB, s_BB.conj().T)
         b_WX = _put(basis.b_WX, jnp.hstack([r_BB, s_BB.conj().T]), at, at)
         return _Basis(_put(basis.u_WM, u_MB.T, at, 0), v_WN, b_WX, next_NB, known_MB, size)
@@ -470,7 +473,6 @@ def _cycle(plan: _Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cyc
         filled=jnp.int32(kept),
         size=basis.size,
         products=products,
-        key=key,
     )
 
     # From a block of B columns, B copies of a singular value can be seen and no more. Where the
@@ -487,17 +489,17 @@ def _cycle(plan: _Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cyc
         return c._replace(done=done)
     return jax.lax.cond(
         search,
-        lambda: _search_copies(plan, c, search_key, residual_W[: plan.locked].max()),
+        lambda: _search_copies(plan, c, residual_W[: plan.locked].max()),
         lambda: c._replace(done=done, searched_K=jnp.full_like(c.searched_K, jnp.nan)),
     )
 
 
-def _search_copies(plan: _Plan, c: _Cycle, key: jax.Array, dropped: jax.Array) -> _Cycle:
+def _search_copies(plan: _Plan, c: _Cycle, dropped: jax.Array) -> _Cycle:
     """Keep what has converged, and go on from random columns that are orthogonal to it."""
     keep_W1 = (jnp.arange(plan.width) < plan.locked)[:, None]
     v_WN = jnp.where(keep_W1, c.v_WN, 0)
     known_WN = _put(v_WN, c.next_NB.T, plan.locked, 0)  # A^H u has a part along the old block
-    random_NB = jax.random.normal(key, c.next_NB.shape, c.next_NB.dtype)
+    random_NB = _noise(c, len(c.next_NB), c.products + 2)()
     return c._replace(
         u_WM=jnp.where(keep_W1, c.u_WM, 0),
         v_WN=v_WN,
@@ -510,10 +512,19 @@ def _search_copies(plan: _Plan, c: _Cycle, key: jax.Array, dropped: jax.Array) -
     )
 
 
+def _noise(c: _Cycle, rows: int, shift: jax.Array) -> Callable[[], jax.Array]:
+    """A random block for each shift: one block, rolled, as to generate more is slow to compile."""
+    return lambda: jnp.roll(c.noise_XB, shift, axis=0)[:rows]
+
+
 def _next_block(
-    key: jax.Array, z_NB: jax.Array, basis_WN: jax.Array, filled: jax.Array, size: jax.Array
+    noise: Callable[[], jax.Array],
+    z_NB: jax.Array,
+    basis_WN: jax.Array,
+    filled: jax.Array,
+    size: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Q, R with z = basis (...) + Q R, Q orthonormal and orthogonal to the filled rows of the basis.
+    """Q, R with z = basis (...) + Q R, Q orthonormal, and orthogonal to the basis' filled rows.
 
     Directions of z at rounding of `size` are noise: there Q has random columns, and R zero rows, so
     that the iteration goes on from them when the subspace so far is invariant.
@@ -527,8 +538,7 @@ def _next_block(
         twice_BB = _mm(more_BB, r_BB)
         turn_BB, s_B, vh_BB = jnp.linalg.svd(twice_BB)
         noise_B = ~(s_B > floor)
-        random_NB = jax.random.normal(key, z_NB.shape, z_NB.dtype)
-        full_NB = jnp.where(noise_B, random_NB, _mm(twice_NB, turn_BB))
+        full_NB = jnp.where(noise_B, noise(), _mm(twice_NB, turn_BB))
         full_NB, flip_B = _orthonormalize_beside(full_NB, basis_WN)
         full_NB *= flip_B  # the columns that are no noise stay what they are
         full_BB = jnp.where(noise_B, 0, s_B)[:, None] * vh_BB
