@@ -4,7 +4,8 @@ relu(z) - relu(-z) = z, so a layer that keeps a positive and a negative copy of 
 linear while they are opposite. `init` makes the network that equals the closed-form classifier in
 value and in derivative; the first step of training leaves the linear set almost surely.
 
-Axes: N nodes, F features, C classes, L hops, H = L + 1 blocks of features, T training nodes, S steps.
+Axes: N nodes, F features, C classes, L hops, H = L + 1 blocks of features, T training
+nodes, V validation nodes, S steps.
 """
 
 import functools
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from isvd.nodeclass import checked_nodes
 from isvd.operators import LinearOperator
 
 
@@ -166,7 +168,9 @@ def finetune(
     if labels_N.shape != (num_nodes,):
         raise ValueError(f"labels_N has shape {labels_N.shape}, expected ({num_nodes},)")
     for name, index in (("train_T", train_T), ("validation_V", validation_V)):
-        _check_labelled(name, np.asarray(index), labels_N, classes)
+        largest = labels_N[checked_nodes(name, index, labels_N)].max()
+        if largest >= classes:
+            raise ValueError(f"{name} has a node with label {largest}, expected 0 to {classes - 1}")
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
         raise ValueError(f"steps={steps!r}, expected a whole number, at least 1")
     if not 0 <= dropout < 1:
@@ -177,20 +181,6 @@ def finetune(
     return _finetune(
         settings, params, adjacency_hat, x_NF, jnp.asarray(labels_N), index, key, rates
     )
-
-
-def _check_labelled(name: str, index: np.ndarray, labels_N: np.ndarray, classes: int) -> None:
-    if index.ndim != 1 or not index.size or not np.issubdtype(index.dtype, np.integer):
-        raise ValueError(
-            f"{name} has shape {index.shape}, expected integers on one axis, not empty"
-        )
-    if index.min() < 0 or index.max() >= len(labels_N):
-        bad = index.min() if index.min() < 0 else index.max()
-        raise ValueError(f"{name} has node {bad}, expected 0 to {len(labels_N) - 1}")
-    given = labels_N[index]
-    if given.min() < 0 or given.max() >= classes:
-        bad = given.min() if given.min() < 0 else given.max()
-        raise ValueError(f"{name} has a node with label {bad}, expected 0 to {classes - 1}")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -223,7 +213,8 @@ def _finetune(
     def step(state: tuple, number: jax.Array) -> tuple[tuple, tuple]:
         params, opt_state, best, best_step, best_accuracy = state
         loss, grads = jax.value_and_grad(loss_fn)(params, jax.random.fold_in(key, number))
-        updates, opt_state = tx.update(grads, opt_state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes types
+            updates, opt_state = tx.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         accuracy = measure(params)
         better = accuracy > best_accuracy

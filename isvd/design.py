@@ -1,4 +1,4 @@
-"""The matrices that the iSVD paper factors, as operators: walk sums of a graph, propagated features.
+"""What the iSVD paper factors, as operators: walk sums of a graph, and propagated features.
 
 Link prediction factors a weighted sum of walks less the absent edges, node classification the
 features beside what each propagation makes of them. Neither is formed: a product costs one product

@@ -430,13 +430,19 @@ def _residual(cycle: _Cycle, k: int) -> jax.Array:
 
 
 def _cycle(plan: _Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cycle:
-    """Fill the basis, factor the small matrix, keep its leading triplets."""
-    block, width, k = plan.block, plan.width, plan.rank
-    num_steps = (width - c.filled) // block
+    """Fill the basis or converge, factor the small matrix, keep its leading triplets."""
+    block, width, kept, k = plan.block, plan.width, plan.kept, plan.rank
+    searching = jnp.isfinite(c.searched_K[0])
+    # A small factorisation costs little, a step that was not needed two products: four in a cycle.
+    every = max((width - kept) // (4 * block), 1)
 
-    def step(j: jax.Array, basis: _Basis) -> _Basis:
+    def unfinished(state: tuple[jax.Array, _Basis, _Small]) -> jax.Array:
+        filled, _, small = state
+        return (filled + block <= width) & ~(_converged(plan, small, c.dropped) & ~searching)
+
+    def step(state: tuple[jax.Array, _Basis, _Small]) -> tuple[jax.Array, _Basis, _Small]:
         """Two products, from which the recurrence takes what they have along known vectors."""
-        at = c.filled + j.astype(jnp.int32) * block
+        at, basis, small = state
         noise_M, noise_N = (
             _noise(c, size, c.products + 2 * at + i) for i, size in enumerate(op.shape)
         )
@@ -448,50 +454,87 @@ def _cycle(plan: _Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cyc
         next_NB, s_BB = _next_block(noise_N, right_NB, v_WN, at + block, size)
         known_MB = _mm(u_MB, s_BB.conj().T)
         b_WX = _put(basis.b_WX, jnp.hstack([r_BB, s_BB.conj().T]), at, at)
-        return _Basis(_put(basis.u_WM, u_MB.T, at, 0), v_WN, b_WX, next_NB, known_MB, size)
+        basis = _Basis(_put(basis.u_WM, u_MB.T, at, 0), v_WN, b_WX, next_NB, known_MB, size)
+        filled = at + block
+        look = (filled >= kept) & (((filled - c.filled) // block % every == 0) | (filled == width))
+        small = jax.lax.cond(look, lambda: _factor(plan, b_WX, filled), lambda: small)
+        return filled, basis, small
 
     b_WX = jnp.eye(width, width + block, dtype=op.dtype) * c.s_W[:, None]
     b_WX = _put(b_WX, c.tail_BW.conj().T, 0, c.filled)
     known_MB = _mm(c.u_WM.T, c.tail_BW.conj().T)
     basis = _Basis(c.u_WM, c.v_WN, b_WX, c.next_NB, known_MB, c.size)
-    basis = jax.lax.fori_loop(0, num_steps, step, basis)
+    unknown = jax.tree.map(
+        lambda x: jnp.full(x.shape, jnp.inf, x.dtype),
+        jax.eval_shape(functools.partial(_factor, plan), b_WX, c.filled),
+    )
+    filled, basis, small = jax.lax.while_loop(unfinished, step, (c.filled, basis, unknown))
 
-    x_WW, s_W, yh_WW = jnp.linalg.svd(basis.b_WX[:, :width])
-    s_BB = basis.b_WX[-block:, width:].conj().T
-    kept = plan.kept
-    u_WM = jnp.zeros_like(c.u_WM).at[:kept].set(_mm(x_WW[:, :kept].T, basis.u_WM))
-    v_WN = jnp.zeros_like(c.v_WN).at[:kept].set(_mm(yh_WW[:kept].conj(), basis.v_WN))
-    tail_BW = jnp.zeros_like(c.tail_BW).at[:, :kept].set(_mm(s_BB, x_WW[-block:, :kept]))
-    s_W = jnp.where(jnp.arange(width) < kept, s_W, 0)
-    products = c.products + 2 * block * num_steps
-    c = c._replace(
-        u_WM=u_WM,
-        v_WN=v_WN,
+    after = ((0, width - kept), (0, 0))
+    s_W = jnp.pad(small.s_L, after[0])
+    c_next = c._replace(
+        u_WM=jnp.pad(_mm(small.x_WL.T, basis.u_WM), after),
+        v_WN=jnp.pad(_mm(small.y_WL.T, basis.v_WN), after),
         s_W=s_W,
-        tail_BW=tail_BW,
+        tail_BW=jnp.pad(small.tail_BL, after[::-1]),
         next_NB=basis.next_NB,
         filled=jnp.int32(kept),
         size=basis.size,
-        products=products,
+        products=c.products + 2 * (filled - c.filled),
+        searched_K=jnp.full_like(c.searched_K, jnp.nan),
     )
 
     # From a block of B columns, B copies of a singular value can be seen and no more. Where the
     # result has so many, look for others from random columns before believing it.
-    small = plan.tol * s_W[0]
-    residual_W = jnp.hypot(jnp.linalg.norm(tail_BW, axis=0), c.dropped)
-    converged = (residual_W[:k] <= small).all()
-    same = jnp.maximum(10 * small, 100 * jnp.finfo(op.dtype).eps * s_W[0])
-    crowded = (s_W[: k - block + 1] - s_W[block - 1 : k] <= same).any() if k >= block else False
-    found_none = (jnp.abs(s_W[:k] - c.searched_K) <= same).all()
-    done = (converged & (~jnp.asarray(crowded) | found_none)) | ~jnp.isfinite(s_W[0])
-    search = ~done & (residual_W[: plan.locked] <= small).all() & converged
+    converged = _converged(plan, small, c.dropped)
     if k < block:
-        return c._replace(done=done)
+        return c_next._replace(done=converged | ~jnp.isfinite(s_W[0]))
+    same = s_W[0] * max(plan.tol**2, 100 * float(jnp.finfo(op.dtype).eps))
+    crowded = (s_W[: k - block + 1] - s_W[block - 1 : k] <= same).any()
+    found_none = (jnp.abs(s_W[:k] - c.searched_K) <= same).all()
+    residual_L = _residuals(small, c.dropped)[: plan.locked]
+    search = converged & crowded & ~found_none & (residual_L <= plan.tol * s_W[0]).all()
     return jax.lax.cond(
         search,
-        lambda: _search_copies(plan, c, residual_W[: plan.locked].max()),
-        lambda: c._replace(done=done, searched_K=jnp.full_like(c.searched_K, jnp.nan)),
+        lambda: _search_copies(plan, c_next, residual_L.max()),
+        lambda: c_next._replace(done=(converged & (~crowded | found_none)) | ~jnp.isfinite(s_W[0])),
     )
+
+
+class _Small(NamedTuple):
+    """The leading triplets of the small matrix, and what they leave: A^H u = v s + next tail."""
+
+    x_WL: jax.Array
+    s_L: jax.Array
+    y_WL: jax.Array
+    tail_BL: jax.Array
+
+
+def _factor(plan: _Plan, b_WX: jax.Array, filled: jax.Array) -> _Small:
+    block, width, kept = plan.block, plan.width, plan.kept
+    inside_W = jnp.arange(width) < filled
+    b_WW = jnp.where(inside_W, b_WX[:, :width], 0)
+    # Rows that are not filled get values above all others, so that they are not taken for zeros.
+    size_WW = jnp.abs(b_WW)
+    above = 1.1 * jnp.sqrt(size_WW.sum(0).max() * size_WW.sum(1).max())
+    b_WW += jnp.diag(jnp.where(inside_W, 0, jnp.where(above > 0, above, 1))).astype(b_WW.dtype)
+    x_WW, s_W, yh_WW = jnp.linalg.svd(b_WW)
+    start = width - filled
+    x_WL = jax.lax.dynamic_slice_in_dim(x_WW, start, kept, axis=1)
+    s_L = jnp.where(above > 0, jax.lax.dynamic_slice_in_dim(s_W, start, kept), 0)
+    y_WL = jax.lax.dynamic_slice_in_dim(yh_WW, start, kept).conj().T
+    coupling_BB = _take(b_WX, filled - block, filled, (block, block)).conj().T
+    tail_BL = _mm(coupling_BB, _take(x_WL, filled - block, 0, (block, kept)))
+    return _Small(x_WL, s_L, y_WL, tail_BL)
+
+
+def _residuals(small: _Small, dropped: jax.Array) -> jax.Array:
+    return jnp.hypot(jnp.linalg.norm(small.tail_BL, axis=0), dropped)
+
+
+def _converged(plan: _Plan, small: _Small, dropped: jax.Array) -> jax.Array:
+    residual_K = _residuals(small, dropped)[: plan.rank]
+    return (residual_K <= plan.tol * small.s_L[0]).all() & jnp.isfinite(small.s_L[0])
 
 
 def _search_copies(plan: _Plan, c: _Cycle, dropped: jax.Array) -> _Cycle:
@@ -586,6 +629,10 @@ def _project_filled(
 
 def _put(x: jax.Array, part: jax.Array, row: Any, column: Any) -> jax.Array:
     return jax.lax.dynamic_update_slice(x, part, (jnp.int32(row), jnp.int32(column)))
+
+
+def _take(x: jax.Array, row: Any, column: Any, shape: tuple[int, int]) -> jax.Array:
+    return jax.lax.dynamic_slice(x, (jnp.int32(row), jnp.int32(column)), shape)
 
 
 def _mm(a: jax.Array, b: jax.Array) -> jax.Array:

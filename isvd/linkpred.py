@@ -60,7 +60,8 @@ def _checked_pairs(pairs_P2: Any, num_nodes: int | None = None, name: str = "pai
     integers = jnp.issubdtype(pairs_P2.dtype, jnp.integer)
     if pairs_P2.ndim != 2 or pairs_P2.shape[1] != 2 or not integers:
         raise ValueError(
-            f"{name} has shape {pairs_P2.shape} and dtype {pairs_P2.dtype}, expected integers (P, 2)"
+            f"{name} has shape {pairs_P2.shape} and dtype {pairs_P2.dtype}, "
+            f"expected integers ({name[-2]}, 2)"
         )
     if num_nodes is not None:
         if not len(pairs_P2):
@@ -243,8 +244,8 @@ def _auc_by_rank(
     tol: float | None,
     link_options: dict[str, Any],
 ) -> np.ndarray:
-    if not len(ranks):
-        raise ValueError("ranks is empty")
+    if not len(ranks) or min(ranks) < 1:
+        raise ValueError(f"ranks={tuple(ranks)}, expected some, at least 1")
     factors = svd(link_operator(graph, **link_options), key, rank=max(ranks), tol=tol)
     auc = []
     for rank in ranks:
@@ -325,7 +326,9 @@ def finetune_spectrum(
     Each step takes `batch` edges, without repetition until all have been used (what is left of a
     pass is skipped), and `negatives` uniform pairs for each, and lowers the sigmoid cross-entropy
     of the scores by Adam. From mu = 1, tau = 5; kept to .51 <= mu <= 1.99 and 0 <= tau <= 20.
-    One pass, as in the reference, is `steps=len(edges) // batch`.
+    One pass, as in the reference, is `steps=len(edges) // batch`. Made for dense graphs: the loss
+    is not the AUC, and on sparse ones both fall (PPI, rank 32, five passes: AUC .893 to .876), so
+    compare on held-out edges.
 
     Args:
         edges_E2: positives. With symmetric scores one direction of each is enough.
@@ -373,9 +376,10 @@ def _finetune_spectrum(
     def step(state: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
         params, opt_state = state
         index_B, step_key = inputs
-        negative_Q2 = jax.random.randint(step_key, (batch * negatives, 2), 0, num_nodes)
+        negative_Q2 = jax.random.randint(step_key, (batch * negatives, 2), 0, num_nodes, jnp.int32)
         loss, grads = jax.value_and_grad(loss_fn)(params, edges_E2[index_B], negative_Q2)
-        updates, opt_state = tx.update(grads, opt_state)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes types
+            updates, opt_state = tx.update(grads, opt_state)
         mu, tau = optax.apply_updates(params, updates)
         return ((jnp.clip(mu, 0.51, 1.99), jnp.clip(tau, 0, 20)), opt_state), loss
 

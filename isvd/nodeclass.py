@@ -86,7 +86,7 @@ def accuracy(scores_NC: Any, labels_N: Any, index_I: Any) -> float:
         ValueError: if there are none, some are outside 0 to N - 1, or have no label (-1).
     """
     scores_NC, labels_N = np.asarray(scores_NC), np.asarray(labels_N)
-    index_I = _checked_nodes("index_I", index_I, labels_N)
+    index_I = checked_nodes("index_I", index_I, labels_N)
     if scores_NC.ndim != 2 or len(scores_NC) != len(labels_N):
         raise ValueError(
             f"scores_NC has shape {scores_NC.shape}, expected ({len(labels_N)}, classes)"
@@ -94,7 +94,12 @@ def accuracy(scores_NC: Any, labels_N: Any, index_I: Any) -> float:
     return float((scores_NC[index_I].argmax(1) == labels_N[index_I]).mean())
 
 
-def _checked_nodes(name: str, index: Any, labels_N: np.ndarray) -> np.ndarray:
+def checked_nodes(name: str, index: Any, labels_N: np.ndarray) -> np.ndarray:
+    """The index as an array, if its nodes exist and have labels.
+
+    Raises:
+        ValueError: saying which do not.
+    """
     index = np.asarray(index)
     if index.ndim != 1 or not index.size or not np.issubdtype(index.dtype, np.integer):
         raise ValueError(
@@ -193,14 +198,14 @@ def planetoid_features(
     Source: section 3 and the reference's Planetoid script.
     """
     key_embed, key_pca = jax.random.split(key)
-    embedding = dense(node_embedding(adjacency, key_embed, rank=embedding_rank))
     x = sparse(features) if hasattr(features, "tocsr") else dense(features)
+    r_NR = node_embedding(adjacency, key_embed, rank=embedding_rank).astype(x.dtype)
+    embedding = dense(r_NR)
     both = hstack([x, embedding])
     if pca_rank is None:
         return hstack([centered(both), embedding])
     rank = min(pca_rank, *both.shape)
-    z_NK = principal_components(both, key_pca, rank=rank)
-    return dense(jnp.hstack([z_NK, embedding.matmat(jnp.eye(embedding.shape[1]))]))
+    return dense(jnp.hstack([principal_components(both, key_pca, rank=rank), r_NR]))
 
 
 # Fit ---------------------------------------------------------------------------------------------
@@ -239,8 +244,8 @@ def fit(
     labels_N = np.asarray(labels_N)
     if labels_N.shape != (design.shape[0],):
         raise ValueError(f"labels_N has shape {labels_N.shape}, expected ({design.shape[0]},)")
-    train_T = _checked_nodes("train_T", train_T, labels_N)
-    validation_V = _checked_nodes("validation_V", validation_V, labels_N)
+    train_T = checked_nodes("train_T", train_T, labels_N)
+    validation_V = checked_nodes("validation_V", validation_V, labels_N)
     if len(set(labels_N[train_T].tolist())) < 2:
         raise ValueError("the training nodes have one class, expected two or more")
     if not 0 <= rate < 1:
@@ -259,30 +264,36 @@ def fit(
     rows = take_rows(design, train_T)
     ridge_P = jnp.asarray(ridges, design.dtype)
     if draws:
-        settings = (ranks, int(draws), int(copies), float(rate))
-        weights_DGC, size = _average_weights(settings, rows, targets_TC, ridge_P, key)
+        sizes = (ranks, int(draws), int(copies))
+        keep = jnp.asarray(1 - rate, design.dtype)
+        weights_DGC, size = _average_weights(sizes, rows, targets_TC, ridge_P, keep, key)
     else:
         factors = svd(rows, key, rank=ranks[-1])
         weights_DGC, size = _weights_by_setting(ranks, factors, targets_TC, ridge_P), factors.s_K[0]
     if not size > 0:  # NaN is not
         raise ValueError(
-            "the training rows of the design are all zero or not finite: do the nodes have features?"
+            "the training rows of the design are all zero, or not finite: check the features"
         )
     return _chosen(design, weights_DGC, labels_N, validation_V, ranks, ridges)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _average_weights(
-    settings: tuple, rows: LinearOperator, targets_TC: jax.Array, ridge_P: jax.Array, key: jax.Array
+    sizes: tuple[tuple[int, ...], int, int],
+    rows: LinearOperator,
+    targets_TC: jax.Array,
+    ridge_P: jax.Array,
+    keep: jax.Array,
+    key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    ranks, draws, copies, rate = settings
+    ranks, draws, copies = sizes
     rows_TD = rows.to_dense()
     targets = jnp.tile(targets_TC, (1 + copies, 1))
 
     def one_draw(total: tuple, key: jax.Array) -> tuple[tuple, None]:
         key_mask, key_svd = jax.random.split(key)
-        keep = jax.random.bernoulli(key_mask, 1 - rate, (copies, *rows_TD.shape))
-        noisy = jnp.where(keep, rows_TD / (1 - rate), 0).reshape(-1, rows_TD.shape[1])
+        mask = jax.random.bernoulli(key_mask, keep, (copies, *rows_TD.shape))
+        noisy = jnp.where(mask, rows_TD / keep, 0).reshape(-1, rows_TD.shape[1])
         factors = svd(dense(jnp.vstack([rows_TD, noisy])), key_svd, rank=ranks[-1])
         weights_DGC = _weights_by_setting(ranks, factors, targets, ridge_P)
         return (total[0] + weights_DGC / draws, jnp.maximum(total[1], factors.s_K[0])), None
@@ -353,5 +364,5 @@ def classify(
     z = planetoid_features(
         adjacency, features, key_features, embedding_rank=embedding_rank, pca_rank=pca_rank
     )
-    design = propagated(sparse(normalized_adjacency(adjacency)), z, num_hops)
+    design = propagated(sparse(normalized_adjacency(adjacency), z.dtype), z, num_hops)
     return fit(design, labels_N, train_T, validation_V, key_fit, **fit_options)

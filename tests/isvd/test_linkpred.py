@@ -111,7 +111,9 @@ def test_measures_by_hand(namespace):
 def test_mean_reciprocal_rank_against_ranks_of_scipy():
     rng = np.random.default_rng(3)
     positive_P, negative_PQ = rng.integers(0, 6, 40), rng.integers(0, 6, (40, 9))
-    ranks = [scipy.stats.rankdata(-np.r_[p, q])[0] for p, q in zip(positive_P, negative_PQ)]
+    ranks = [
+        scipy.stats.rankdata(-np.r_[p, q])[0] for p, q in zip(positive_P, negative_PQ, strict=True)
+    ]
     got = linkpred.mean_reciprocal_rank(positive_P.astype("f"), negative_PQ.astype("f"))
     assert got == pytest.approx(np.mean(1 / np.array(ranks)), abs=1e-12)
 
@@ -221,7 +223,7 @@ def test_auc_of_each_rank_is_that_of_its_own_decomposition():
         graph, positive, negative, (3, 12), jax.random.key(0), None, {"window": 2}
     )
     m_NN = np.asarray(link_operator(graph, window=2).to_dense())
-    for rank, auc in zip((3, 12), got):
+    for rank, auc in zip((3, 12), got, strict=True):
         u, s, vt = np.linalg.svd(m_NN)
         low = u[:, :rank] * s[:rank] @ vt[:rank]
         low = low + low.T
@@ -362,7 +364,10 @@ WRONG = {
     "node": (lambda: linkpred.choose_rank(EDGES, 50, KEY), "edges_E2 has node .*0 to 49"),
     "fraction": (lambda: linkpred.choose_rank(EDGES, 60, KEY, fraction=1.0), "fraction=1.0"),
     "few edges": (lambda: linkpred.choose_rank(EDGES[:2], 60, KEY), "one side empty"),
-    "no ranks": (lambda: linkpred.choose_rank(EDGES, 60, KEY, ranks=()), "ranks is empty"),
+    "no ranks": (
+        lambda: linkpred.choose_rank(EDGES, 60, KEY, ranks=()),
+        r"ranks=\(\), expected some",
+    ),
     "negatives": (
         lambda: linkpred.choose_rank(EDGES, 60, KEY, negatives_per_edge=0),
         "negatives_per_edge must be at least 1",

@@ -1,0 +1,412 @@
+"""The SVD of an operator beside other solvers, each of them made as accurate as ours.
+
+    python -m benchmarks.isvd --json=isvd.json
+
+Every matrix is given to every solver that can take it: graphs as scipy sparse products (the walk
+sum as a scipy LinearOperator in numpy's and scipy's products), dense matrices as arrays. Each
+solver has a list of settings, from loose to tight. The first whose result meets the accuracy is
+timed; one that never meets it is reported with its best and marked. Accuracy is measured by us on
+the returned triplets: the largest error of a singular value and the larger of both residuals
+|A v - s u|, |A^H u - s v|, each relative to the largest singular value; the reference values come
+from a run of ours in float64 at a tolerance of 1e-10 (for the dense matrix from LAPACK).
+
+Times are from arrays in memory to numpy arrays of the result, medians of interleaved repetitions;
+the first call of ours includes compilation and has a column of its own. `halko` is the algorithm
+of the official iSVD code (ten iterations, oversampling 30, Cholesky) on scipy's products.
+"""
+
+import argparse
+import functools
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
+
+from benchmarks import timing
+
+RANK = 32
+VALUE_ERROR, RESIDUAL = 1e-6, 1e-4  # relative to s[0]
+COLUMNS = {
+    "matrix": "matrix",
+    "solver": "solver",
+    "setting": "setting",
+    "milliseconds": "ms",
+    "spread_percent": "spread %",
+    "over_ours": "this / ours",
+    "first_seconds": "first call s",
+    "value_error": "value error",
+    "residual": "residual",
+    "accurate": "accurate",
+}
+
+Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]  # u (M, K), s (K,), v (N, K)
+
+
+class Problem(NamedTuple):
+    """One matrix in the forms that solvers take."""
+
+    operator: Any  # ours
+    scipy: Any  # array, sparse matrix or LinearOperator
+    explicit: bool  # whether `scipy` is a matrix
+
+
+def sparse_problem(matrix: Any, dtype: Any) -> Problem:
+    import isvd
+
+    return Problem(isvd.sparse(matrix, dtype), scipy.sparse.csr_array(matrix, dtype=dtype), True)
+
+
+def walk_problem(adjacency: Any, dtype: Any, *, window: int = 10, weight: float = 0.02) -> Problem:
+    """The iSVD paper's matrix of a graph: a weighted sum of walks less the absent edges."""
+    import jax.numpy as jnp
+
+    import isvd
+
+    degree_N = np.maximum(adjacency.sum(1), 1)
+    root = scipy.sparse.diags_array(degree_N**-0.5)
+    walk = scipy.sparse.csr_array(root @ adjacency @ root, dtype=dtype)
+    coef_Q = (np.arange(window, 0, -1) / (window * (window + 1) / 2)).astype(dtype)
+    n = adjacency.shape[0]
+    scale_N1 = np.sqrt(degree_N)[:, None].astype(dtype)
+    edges = scipy.sparse.csr_array(adjacency, dtype=dtype)
+
+    op = isvd.windowed_sum(isvd.sparse(walk), jnp.asarray(coef_Q)) @ isvd.diagonal(scale_N1[:, 0])
+    op = op - weight * (isvd.ones(n, n, dtype) - isvd.sparse(edges))
+
+    def walks(x_NC: np.ndarray) -> np.ndarray:
+        y_NC = coef_Q[-1] * x_NC
+        for coef in coef_Q[-2::-1]:
+            y_NC = walk @ y_NC + coef * x_NC
+        return walk @ y_NC
+
+    def absent(x_NC: np.ndarray) -> np.ndarray:
+        return dtype(weight) * (x_NC.sum(0) - edges @ x_NC)
+
+    def matmat(x_NC: np.ndarray) -> np.ndarray:
+        return walks(scale_N1 * x_NC) - absent(x_NC)
+
+    def rmatmat(x_NC: np.ndarray) -> np.ndarray:
+        return scale_N1 * walks(x_NC) - absent(x_NC)
+
+    def on_vectors(product: Callable) -> Callable:
+        return lambda x: product(x.reshape(n, -1).astype(dtype, copy=False)).reshape(x.shape)
+
+    linear = scipy.sparse.linalg.LinearOperator(
+        (n, n),
+        matvec=on_vectors(matmat),
+        rmatvec=on_vectors(rmatmat),
+        matmat=matmat,
+        rmatmat=rmatmat,
+        dtype=dtype,
+    )
+    return Problem(op, linear, False)
+
+
+def random_graph(num_nodes: int, num_edges: int, seed: int = 0) -> scipy.sparse.csr_array:
+    """Symmetric 0/1, with num_edges stored entries, ends drawn uniformly."""
+    ends = np.random.default_rng(seed).integers(num_nodes, size=(2, num_edges // 2))
+    half = scipy.sparse.coo_array((np.ones(num_edges // 2), tuple(ends)), (num_nodes,) * 2)
+    whole = (half + half.T).tocsr()
+    whole.data[:] = 1
+    return whole
+
+
+def designed(values_K: np.ndarray, size: int, dtype: Any, seed: int = 0) -> Problem:
+    """U diag(s) V^T with sparse orthonormal U, V (random Givens rotations), as a sparse matrix."""
+    rng = np.random.default_rng(seed)
+
+    def rotations() -> scipy.sparse.csr_array:
+        total = scipy.sparse.eye_array(size, format="csr")
+        for _ in range(4):  # each mixes random pairs
+            order, angle = rng.permutation(size), rng.uniform(0, 2 * np.pi, size // 2)
+            i, j = order[: size // 2], order[size // 2 : 2 * (size // 2)]
+            rows, columns = np.r_[i, i, j, j], np.r_[i, j, i, j]
+            data = np.r_[np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)]
+            rest = np.setdiff1d(np.arange(size), np.r_[i, j])
+            rows, columns = np.r_[rows, rest], np.r_[columns, rest]
+            data = np.r_[data, np.ones(len(rest))]
+            total = scipy.sparse.coo_array((data, (rows, columns)), (size, size)).tocsr() @ total
+        return total
+
+    return sparse_problem(rotations() @ scipy.sparse.diags_array(values_K) @ rotations(), dtype)
+
+
+def problems(names: Sequence[str], data: str, dtype: Any) -> dict[str, Callable[[], Problem]]:
+    from isvd.readers import adjacency, read_asymproj
+
+    def graph(name: str) -> Problem:
+        split = read_asymproj(f"{data}/{name}")
+        return walk_problem(adjacency(split.train_E2, split.num_nodes), dtype)
+
+    def dense() -> Problem:
+        import isvd
+
+        rng = np.random.default_rng(0)
+        a_MN = rng.normal(size=(4000, 2000)) @ np.diag(0.995 ** np.arange(2000))
+        a_MN = np.ascontiguousarray(a_MN, dtype)
+        return Problem(isvd.dense(a_MN), a_MN, True)
+
+    index = np.arange(20_000)
+    every = {
+        "ppi walks": lambda: graph("ppi"),
+        "hepth walks": lambda: graph("ca-HepTh"),
+        "random graph 1e5, 1e6": lambda: sparse_problem(random_graph(100_000, 1_000_000), dtype),
+        "fast decay 2e4": lambda: designed(0.9**index + 1e-7, 20_000, dtype),
+        "slow decay 2e4": lambda: designed((1 + index) ** -0.5, 20_000, dtype),
+        "dense 4000 x 2000": dense,
+    }
+    return {name: every[name] for name in names or every}
+
+
+# Solvers: setting -> triplets --------------------------------------------------------------------
+
+
+def ours(problem: Problem, tol: float) -> Triplets:
+    import jax
+
+    import isvd
+
+    factors = isvd.svd(problem.operator, jax.random.key(0), rank=RANK, tol=tol)
+    return tuple(np.asarray(part) for part in factors[:3])
+
+
+def svds(problem: Problem, tol: float, *, solver: str) -> Triplets:
+    u_MK, s_K, vh_KN = scipy.sparse.linalg.svds(
+        problem.scipy, k=RANK, tol=tol, solver=solver, rng=np.random.default_rng(0)
+    )
+    order = np.argsort(-s_K)
+    return u_MK[:, order], s_K[order], vh_KN[order].T
+
+
+def halko(problem: Problem, iterations: int) -> Triplets:
+    a = problem.scipy
+    dtype = problem.operator.dtype
+
+    def orth(x: np.ndarray) -> np.ndarray:
+        x = x / np.linalg.norm(x, axis=0)
+        return scipy.linalg.solve_triangular(
+            np.linalg.cholesky(x.T @ x + 1e-6 * np.eye(x.shape[1], dtype=dtype)), x.T, lower=True
+        ).T
+
+    q = np.random.default_rng(0).normal(size=(a.shape[1], RANK + 30)).astype(dtype)
+    for _ in range(iterations):
+        q = a @ orth(q)
+        q = a.T @ orth(q)
+    q, _ = np.linalg.qr(a @ q)
+    u, s_K, vh_KN = np.linalg.svd((a.T @ q).T, full_matrices=False)
+    return (q @ u)[:, :RANK], s_K[:RANK], vh_KN[:RANK].T
+
+
+def sklearn_randomized(problem: Problem, iterations: int) -> Triplets:
+    from sklearn.utils.extmath import randomized_svd
+
+    u_MK, s_K, vh_KN = randomized_svd(
+        problem.scipy, RANK, n_oversamples=30, n_iter=iterations, random_state=0
+    )
+    return u_MK, s_K, vh_KN.T
+
+
+def jax_lobpcg(problem: Problem, iterations: int) -> Triplets:
+    """JAX's own LOBPCG on A^H A."""
+    s2_K, v_NK = _lobpcg(problem.operator, iterations)
+    s_K = np.sqrt(np.maximum(np.asarray(s2_K), 0))
+    return np.asarray(problem.operator.matmat(v_NK)) / s_K, s_K, np.asarray(v_NK)
+
+
+@functools.cache
+def _lobpcg_program() -> Callable:
+    import jax
+    from jax.experimental.sparse.linalg import lobpcg_standard
+
+    def run(op: Any, x_NK: Any, iterations: int) -> Any:
+        return lobpcg_standard(lambda x: op.rmatmat(op.matmat(x)), x_NK, iterations, tol=0.0)[:2]
+
+    return jax.jit(run, static_argnums=2)
+
+
+def _lobpcg(op: Any, iterations: int) -> Any:
+    import jax
+
+    x_NK = jax.random.normal(jax.random.key(0), (op.shape[1], RANK), op.dtype)
+    return _lobpcg_program()(op, x_NK, iterations)
+
+
+TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 0.0)
+SOLVERS: dict[str, tuple[Callable, Sequence[Any]]] = {
+    "ours": (ours, (1e-4, 1e-5, 1e-6)),
+    "arpack": (functools.partial(svds, solver="arpack"), TOLERANCES),
+    "propack": (functools.partial(svds, solver="propack"), TOLERANCES),
+    "lobpcg": (functools.partial(svds, solver="lobpcg"), TOLERANCES),
+    "halko": (halko, (10, 20, 40, 80)),
+    "sklearn randomized": (sklearn_randomized, (4, 8, 16, 32, 64)),
+    "jax lobpcg": (jax_lobpcg, (20, 40, 80, 160)),
+}
+
+
+def accuracy(problem: Problem, triplets: Triplets, values_K: np.ndarray) -> tuple[float, float]:
+    u_MK, s_K, v_NK = (np.asarray(part, problem.operator.dtype) for part in triplets)
+    left_MK = np.asarray(problem.operator.matmat(v_NK)) - u_MK * s_K
+    right_NK = np.asarray(problem.operator.rmatmat(u_MK)) - v_NK * s_K
+    residual = max(np.linalg.norm(left_MK, axis=0).max(), np.linalg.norm(right_NK, axis=0).max())
+    error = np.abs(s_K - values_K).max()
+    return float(error / values_K[0]), float(residual / values_K[0])
+
+
+def measure(
+    name: str, make: Callable[[], Problem], solvers: Sequence[str], repetitions: int, limit: float
+) -> list[dict[str, Any]]:
+    problem = make()
+    values_K = reference_values(problem)
+    rows, calls = [], {}
+    for solver in solvers:
+        run, settings = SOLVERS[solver]
+        if solver == "sklearn randomized" and not problem.explicit:
+            continue  # it takes matrices only
+        row, first = None, None
+        for setting in settings:
+            start = time.perf_counter()
+            try:
+                triplets = run(problem, setting)
+            except Exception as error:  # a solver that gives up is a result
+                print(f"{name}, {solver} at {setting}: {type(error).__name__}: {error}")
+                continue
+            seconds = time.perf_counter() - start
+            first = seconds if first is None else first
+            value_error, residual = accuracy(problem, triplets, values_K)
+            good = value_error < VALUE_ERROR and residual < RESIDUAL
+            row = {
+                "matrix": name,
+                "solver": solver,
+                "setting": setting,
+                "first_seconds": first,
+                "value_error": value_error,
+                "residual": residual,
+                "accurate": "yes" if good else "NO",
+            }
+            if good or seconds > limit:
+                break
+        if row is not None:
+            rows.append(row)
+            calls[solver] = functools.partial(run, problem, row["setting"])
+            print(row, flush=True)
+    times = timing.interleave(calls, repetitions=repetitions)
+    for row in rows:
+        timer = times[row["solver"]]
+        row["milliseconds"] = 1e3 * timer.median
+        row["spread_percent"] = 100 * timer.spread
+        row["over_ours"] = timer.median / times["ours"].median
+        row["repetition_seconds"] = timer.repetitions
+    return rows
+
+
+def reference_values(problem: Problem) -> np.ndarray:
+    import jax
+
+    import isvd
+
+    if isinstance(problem.scipy, np.ndarray):
+        return np.linalg.svd(problem.scipy.astype(np.float64), compute_uv=False)[:RANK]
+    with jax.enable_x64(True):
+        op = jax.tree.map(
+            lambda x: x.astype("float64") if x.dtype == np.float32 else x, problem.operator
+        )
+        op = isvd.LinearOperator(op.matmat, op.rmatmat, op.shape, np.dtype("float64"))
+        factors = isvd.svd(op, jax.random.key(1), rank=RANK, tol=1e-10)
+        if not factors.converged:
+            raise RuntimeError("the reference did not converge")
+        return np.asarray(factors.s_K)
+
+
+def scaling(edges: Sequence[int]) -> list[dict[str, Any]]:
+    """Time and memory against the number of edges, each in a process of its own."""
+    import json
+    import subprocess
+
+    rows = []
+    for count in edges:
+        command = [sys.executable, "-m", "benchmarks.isvd", "--scale_one", str(count)]
+        out = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+        rows.append(json.loads(out.splitlines()[-1]))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def scale_one(count: int) -> dict[str, Any]:
+    """One walk-sum factorisation of rank 32 on a random graph with so many stored edges."""
+    import jax
+
+    import isvd
+    from benchmarks.modgrok_throughput import _peak_mib
+
+    nodes = max(count // 10, 1000)
+    problem = walk_problem(random_graph(nodes, count), np.float32)
+    seconds = []
+    for seed in range(3):
+        start = time.perf_counter()
+        factors = isvd.svd(
+            problem.operator, jax.random.key(seed), rank=RANK, tol=1e-2, max_products=512
+        )
+        jax.block_until_ready(factors)
+        seconds.append(time.perf_counter() - start)
+    products = int(factors.products)
+    return {
+        "edges": count,
+        "nodes": nodes,
+        "products": products,
+        "seconds": min(seconds[1:]),
+        "nanoseconds_per_edge_and_product": 1e9 * min(seconds[1:]) / count / products,
+        "peak_mib": _peak_mib(),
+    }
+
+
+SCALE_COLUMNS = {
+    "edges": "edges",
+    "nodes": "nodes",
+    "products": "products",
+    "seconds": "s",
+    "nanoseconds_per_edge_and_product": "ns / edge / product",
+    "peak_mib": "peak MiB",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--matrices", nargs="+", default=[], help="by default every one")
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
+    parser.add_argument("--repetitions", type=int, default=5, help="of each; default 5")
+    parser.add_argument("--limit", type=float, default=20.0, help="seconds of one try; default 20")
+    parser.add_argument("--data", default="../shared/data/asymproj", help="folder of the graphs")
+    parser.add_argument("--parts", nargs="+", choices=("solvers", "scaling"), default=("solvers",))
+    parser.add_argument("--edges", nargs="+", type=int, default=[10**i for i in range(4, 8)])
+    parser.add_argument("--json", metavar="FILE", help="also write all numbers there")
+    parser.add_argument("--scale_one", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.scale_one:
+        import json
+
+        print(json.dumps(scale_one(args.scale_one)))
+        return
+    solvers = [name for name in args.solvers if name != "ours"]
+    if importlib.util.find_spec("sklearn") is None:
+        solvers = [name for name in solvers if name != "sklearn randomized"]
+    machine = timing.machine("jax", "jaxlib", "numpy", "scipy")
+    print(f"{machine}\nrank {RANK}, float32, value error < {VALUE_ERROR}, residual < {RESIDUAL}")
+    rows, scale = [], []
+    if "solvers" in args.parts:
+        for name, make in problems(args.matrices, args.data, np.float32).items():
+            rows += measure(name, make, ["ours", *solvers], args.repetitions, args.limit)
+        print(timing.table(rows, COLUMNS), flush=True)
+    if "scaling" in args.parts:
+        scale = scaling(args.edges)
+        print(timing.table(scale, SCALE_COLUMNS))
+    if args.json:
+        timing.write_json(args.json, {"machine": machine, "solvers": rows, "scaling": scale})
+
+
+if __name__ == "__main__":
+    main()
