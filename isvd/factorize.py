@@ -521,7 +521,7 @@ def _factor(plan: _Plan, b_WX: jax.Array, filled: jax.Array) -> _Small:
     x_WW, s_W, yh_WW = jnp.linalg.svd(b_WW)
     start = width - filled
     x_WL = jax.lax.dynamic_slice_in_dim(x_WW, start, kept, axis=1)
-    s_L = jnp.where(above > 0, jax.lax.dynamic_slice_in_dim(s_W, start, kept), 0)
+    s_L = jnp.where(above == 0, 0, jax.lax.dynamic_slice_in_dim(s_W, start, kept))
     y_WL = jax.lax.dynamic_slice_in_dim(yh_WW, start, kept).conj().T
     coupling_BB = _take(b_WX, filled - block, filled, (block, block)).conj().T
     tail_BL = _mm(coupling_BB, _take(x_WL, filled - block, 0, (block, kept)))
