@@ -32,6 +32,7 @@ from isvd.operators import (
     verify,
 )
 from isvd.orthonormal import orthonormalize
+from isvd.sharded import row_sharded
 from isvd.solve import (
     Eigen,
     approximation,
@@ -54,8 +55,8 @@ __all__ = [
     "dense",
     "diagonal",
     "eigh",
-    "from_matmat",
     "frobenius_norm",
+    "from_matmat",
     "geometric_sum",
     "hstack",
     "identity",
@@ -67,6 +68,7 @@ __all__ = [
     "orthonormalize",
     "pinv_solve",
     "polynomial",
+    "row_sharded",
     "sparse",
     "sparse_from_entries",
     "spectral_norm",

@@ -324,17 +324,20 @@ def test_equal_values_have_a_finite_gradient_of_their_sum():
 
 OP = operators.dense(np.ones((6, 4), "f"))
 WRONG = {
-    "rank": (dict(rank=5), r"rank=5, expected from 1 to 4, min\(M, N\) of .* shape \(6, 4\)"),
-    "no rank": (dict(rank=0), "rank=0, expected from 1 to 4"),
-    "fraction": (dict(rank=2.0), "rank=2.0, expected a whole number"),
-    "method": (dict(rank=1, method="qr"), "method='qr', expected krylov or subspace"),
-    "tol": (dict(rank=1, tol=-1.0), "tol=-1.0, expected None, or from 0 to less than 1"),
-    "products": (dict(rank=1, max_products=0), "max_products=0, expected at least 1"),
-    "block": (dict(rank=1, block=5), "block=5, expected from 1 to 4"),
-    "width": (dict(rank=4, block=2, width=3), "width=3, expected at least 10, rank=4 and block=2"),
-    "warm start": (dict(rank=1, warm_start=np.ones((6, 1))), r"warm_start has shape \(6, 1\)"),
-    "oversample": (dict(rank=1, oversample=1), "oversample is of method='subspace'"),
-    "subspace block": (dict(rank=1, method="subspace", block=2), "are of method='krylov'"),
+    "rank": ({"rank": 5}, r"rank=5, expected from 1 to 4, min\(M, N\) of .* shape \(6, 4\)"),
+    "no rank": ({"rank": 0}, "rank=0, expected from 1 to 4"),
+    "fraction": ({"rank": 2.0}, "rank=2.0, expected a whole number"),
+    "method": ({"rank": 1, "method": "qr"}, "method='qr', expected krylov or subspace"),
+    "tol": ({"rank": 1, "tol": -1.0}, "tol=-1.0, expected None, or from 0 to less than 1"),
+    "products": ({"rank": 1, "max_products": 0}, "max_products=0, expected at least 1"),
+    "block": ({"rank": 1, "block": 5}, "block=5, expected from 1 to 4"),
+    "width": (
+        {"rank": 4, "block": 2, "width": 3},
+        "width=3, expected at least 10, rank=4 and block=2",
+    ),
+    "warm start": ({"rank": 1, "warm_start": np.ones((6, 1))}, r"warm_start has shape \(6, 1\)"),
+    "oversample": ({"rank": 1, "oversample": 1}, "oversample is of method='subspace'"),
+    "subspace block": ({"rank": 1, "method": "subspace", "block": 2}, "are of method='krylov'"),
 }
 
 

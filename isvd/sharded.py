@@ -1,0 +1,118 @@
+"""Matrices whose rows are spread over devices.
+
+Device d holds rows d R, ..., (d + 1) R - 1. A product A x needs no communication and leaves its
+rows where they are; a product A^H y needs one all-reduce of an (N, C) block.
+
+Axes: M rows, N columns, D devices, R rows of a device, E entries of a device, C columns of a block.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
+
+from isvd.operators import LinearOperator, Product, _dense, _dense_adjoint, _Static
+from isvd.spmm import _compressed_rows, _entry_dtype
+
+
+def row_sharded(matrix: Any, mesh: Mesh, axis: str, dtype: Any = None) -> LinearOperator:
+    """The operator of a matrix with its rows spread along one axis of a mesh.
+
+    Use it under jit like any other, `svd` included; inside `shard_map` it does not work, as it has
+    one of its own. Left vectors are then spread too, right ones are on every device.
+
+    Args:
+        matrix: a scipy sparse matrix or an array, on the host. If the number of devices does not
+            divide M, the last ones get rows of zeros.
+        mesh, axis: the axis that rows are spread along.
+    Raises:
+        ValueError: if the mesh has no such axis, or the matrix other than two axes.
+    """
+    if axis not in mesh.shape:
+        raise ValueError(f"axis={axis!r}, expected one of the mesh's, {', '.join(mesh.shape)}")
+    if len(np.shape(matrix)) != 2:
+        raise ValueError(f"matrix has shape {np.shape(matrix)}, expected two axes")
+    num_rows, num_columns = map(int, matrix.shape)
+    devices = mesh.shape[axis]
+    rows = -(-num_rows // devices)
+    dtype = _entry_dtype(matrix.dtype, dtype)
+    if scipy.sparse.issparse(matrix):
+        forward, backward = _sparse_parts(matrix, devices, rows, dtype)
+        products = [
+            Partial(_sparse_part, _Static(num_columns)),
+            Partial(_sparse_part, _Static(rows)),
+        ]
+    else:
+        a_DRN = np.zeros((devices * rows, num_columns), dtype)
+        a_DRN[:num_rows] = matrix
+        forward = backward = (a_DRN.reshape(devices, rows, num_columns),)
+        products = [Partial(_dense_part), Partial(_dense_adjoint_part)]
+    place = _Static((mesh, axis, num_rows, devices * rows))
+    spread = NamedSharding(mesh, PartitionSpec(axis))
+    forward, backward = jax.device_put((forward, backward), spread)
+    return LinearOperator(
+        Partial(_matmat, place, products[0], forward),
+        Partial(_rmatmat, place, products[1], backward),
+        (num_rows, num_columns),
+        dtype,
+    )
+
+
+def _matmat(place: _Static, product: Product, parts: tuple, x_NC: jax.Array) -> jax.Array:
+    mesh, axis, num_rows, _ = place.value
+    spread, everywhere = PartitionSpec(axis), PartitionSpec()
+    y_MC = jax.shard_map(
+        product, mesh=mesh, in_specs=(spread, everywhere), out_specs=spread, check_vma=False
+    )(parts, x_NC)
+    return y_MC[:num_rows]
+
+
+def _rmatmat(place: _Static, product: Product, parts: tuple, y_MC: jax.Array) -> jax.Array:
+    mesh, axis, num_rows, padded = place.value
+    spread, everywhere = PartitionSpec(axis), PartitionSpec()
+
+    def total(parts: tuple, y_RC: jax.Array) -> jax.Array:
+        return jax.lax.psum(product(parts, y_RC), axis)
+
+    y_MC = jnp.pad(y_MC, ((0, padded - num_rows), (0, 0)))
+    return jax.shard_map(
+        total, mesh=mesh, in_specs=(spread, spread), out_specs=everywhere, check_vma=False
+    )(parts, y_MC)
+
+
+def _dense_part(parts: tuple[jax.Array], x_NC: jax.Array) -> jax.Array:
+    return _dense(parts[0][0], x_NC)
+
+
+def _dense_adjoint_part(parts: tuple[jax.Array], y_RC: jax.Array) -> jax.Array:
+    return _dense_adjoint(parts[0][0], y_RC)
+
+
+def _sparse_part(columns: _Static, parts: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+    values_E, index_E, start = (part[0] for part in parts)
+    return _compressed_rows(values_E, index_E, start, columns, x)
+
+
+def _sparse_parts(
+    matrix: Any, devices: int, rows: int, dtype: np.dtype
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Each device's rows, and their adjoint, as compressed rows with as many entries everywhere."""
+    csr = scipy.sparse.csr_array(matrix, copy=True)
+    csr.sum_duplicates()
+    parts = [csr[d * rows : (d + 1) * rows] for d in range(devices)]
+    most = max(max(part.nnz for part in parts), 1)
+
+    def stacked(kept: list, num_outer: int) -> tuple[np.ndarray, ...]:
+        values_DE, index_DE = np.zeros((devices, most), dtype), np.zeros((devices, most), np.int32)
+        start = np.zeros((devices, num_outer + 1), np.int32)
+        for d, part in enumerate(kept):
+            values_DE[d, : part.nnz], index_DE[d, : part.nnz] = part.data, part.indices
+            start[d, : len(part.indptr)] = part.indptr
+            start[d, len(part.indptr) :] = part.nnz  # rows that are not there are empty
+        return values_DE, index_DE, start
+
+    return stacked(parts, rows), stacked([p.conj().T.tocsr() for p in parts], csr.shape[1])
