@@ -117,10 +117,11 @@ def _hoisted(op: LinearOperator) -> LinearOperator:
             continue
         leaves, structure = jax.tree.flatten(product)
 
-        def apply(x_NC: jax.Array, *leaves: Any, structure: Any = structure) -> jax.Array:
-            return jax.tree.unflatten(structure, leaves)(x_NC)
+        # On one column: what is converted is fixed to the shape of its example.
+        def apply(x_N: jax.Array, *leaves: Any, structure: Any = structure) -> jax.Array:
+            return jax.tree.unflatten(structure, leaves)(x_N[:, None])[:, 0]
 
-        example = jnp.zeros((size, 1), op.dtype)
+        example = jnp.zeros(size, op.dtype)
         converted, constants = jax.closure_convert(apply, example, *leaves)
         hoisted = Partial(_applied, _Static(converted), leaves, constants)
         products.append(hoisted if constants else product)
@@ -137,7 +138,7 @@ def _closes_over_something(product: Any) -> bool:
 
 
 def _applied(fn: _Static, leaves: list, constants: list, x_NC: jax.Array) -> jax.Array:
-    return fn.value(x_NC, *leaves, *constants)
+    return jax.vmap(lambda x_N: fn.value(x_N, *leaves, *constants), 1, 1)(x_NC)
 
 
 def _checked_plan(

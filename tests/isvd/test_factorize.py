@@ -284,12 +284,17 @@ def test_gradient_with_a_heavy_tail(complex_, method):
         np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * step), rtol=1e-6)
 
 
-def test_gradient_reaches_what_a_function_closes_over():
+@pytest.mark.parametrize("form", ["vector", "block"])
+def test_gradient_reaches_what_a_function_closes_over(form):
     with jax.enable_x64(True):
         a_MN = with_values(GAPS)
 
         def loss(scale_M):
-            op = operators.from_matmat(lambda x: scale_M * (a_MN @ x), (M, N), jnp.float64)
+            def product(x):
+                assert x.ndim == (1 if form == "vector" else 2)
+                return scale_M.reshape(-1, *(1,) * (x.ndim - 1)) * (a_MN @ x)
+
+            op = operators.from_matmat(product, (M, N), jnp.float64, block=form == "block")
             return svd(op, KEY, rank=3, tol=1e-12).s_K.sum()
 
         scale_M = np.random.default_rng(0).uniform(1, 2, M)
