@@ -13,8 +13,6 @@ from jax.tree_util import Partial
 
 from isvd import algebra, operators, spmm
 
-REAL, COMPLEX = ["float32", "float64"], ["complex64", "complex128"]
-
 
 def draw(seed, *shape, dtype="float32"):
     rng = np.random.default_rng(seed)
@@ -219,9 +217,9 @@ def assert_close(actual, wanted):
 
 
 @each
-@pytest.mark.parametrize("dtype", REAL + COMPLEX)
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
 def test_products_are_those_of_the_dense_twin(name, dtype):
-    with jax.enable_x64(np.dtype(dtype).itemsize > np.dtype("c8").itemsize or dtype == "float64"):
+    with jax.enable_x64(dtype == "complex128"):
         op, a_MN = OPERATORS[name](functools.partial(draw, dtype=dtype))
         rows, columns = a_MN.shape
         x_NC, y_MC = draw(30, columns, 2, dtype=dtype), draw(31, rows, 2, dtype=dtype)
