@@ -57,6 +57,7 @@ class _Plan:
     width: int  # columns of the Krylov basis
     tol: float
     max_products: int
+    report: Callable[[Any, Any], None] | None = None
 
     @property
     def locked(self) -> int:
@@ -76,6 +77,7 @@ def svd(
     width: int | None = None,
     oversample: int | None = None,
     warm_start: SVD | jax.Array | None = None,
+    report: Callable[[Any, Any], None] | None = None,
 ) -> SVD:
     """The `rank` leading singular triplets of an operator.
 
@@ -97,10 +99,14 @@ def svd(
             them need fewer products. If it reaches min(M, N) the matrix is formed and factored.
         oversample: subspace iteration's p, by default min(rank, 30).
         warm_start: an SVD of a similar operator, or its right vectors (N, any): the first block.
+        report: called on the host, also from inside jit, after each pass over the basis or each
+            subspace iteration, with the columns multiplied so far and the largest residual
+            relative to s[0]. Another function is another program.
     Raises:
         ValueError: for a rank beyond min(M, N) and other values outside their range.
     """
     plan = _checked_plan(op, rank, method, tol, max_products, block, width, oversample, warm_start)
+    plan = dataclasses.replace(plan, report=report)
     warm_NB = warm_start.v_NK if isinstance(warm_start, SVD) else warm_start
     return _svd(plan, _hoisted(op), key, warm_NB)
 
@@ -184,7 +190,6 @@ def _checked_plan(
         return _Plan(
             method, rank, size, rank, size, tol or 0.0, max_products or 2 * (iterations + 1) * size
         )
-
     if oversample is not None:
         raise ValueError("oversample is of method='subspace'; krylov has block and width")
     if block is None:
@@ -488,6 +493,7 @@ def _cycle(plan: _Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cyc
     # From a block of B columns, B copies of a singular value can be seen and no more. Where the
     # result has so many, look for others from random columns before believing it.
     converged = _converged(plan, small, c.dropped)
+    _report(plan, c_next.products, _residuals(small, c.dropped)[:k], s_W)
     if k < block:
         return c_next._replace(done=converged | ~jnp.isfinite(s_W[0]))
     same = s_W[0] * max(plan.tol**2, 100 * float(jnp.finfo(op.dtype).eps))
@@ -500,6 +506,11 @@ def _cycle(plan: _Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cyc
         lambda: _search_copies(plan, c_next, residual_L.max()),
         lambda: c_next._replace(done=(converged & (~crowded | found_none)) | ~jnp.isfinite(s_W[0])),
     )
+
+
+def _report(plan: _Plan, products: jax.Array, residual_K: jax.Array, s_K: jax.Array) -> None:
+    if plan.report is not None:
+        jax.debug.callback(plan.report, products, residual_K.max() / _positive(s_K[0]))
 
 
 class _Small(NamedTuple):
@@ -672,7 +683,9 @@ def _subspace(plan: _Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Arra
         miss_NB = _mm(right_NB, x_BB) - _mm(v_NB, yh_BB.conj().T) * s_B
         k = plan.rank
         residual_K = jnp.linalg.norm(miss_NB[:, :k], axis=0)
-        return right_NB, u_MB, residual_K, s_B[:k], products + 2 * plan.block
+        products += 2 * plan.block
+        _report(plan, products, residual_K, s_B)
+        return right_NB, u_MB, residual_K, s_B[:k], products
 
     k = plan.rank
     real = jnp.finfo(op.dtype).dtype

@@ -157,6 +157,26 @@ def test_products_are_those_of_the_operator():
     assert sum(calls) == factors.products
 
 
+@pytest.mark.parametrize("method", ["krylov", "subspace"])
+def test_every_pass_is_reported(method):
+    seen = []
+
+    def report(products, residual):
+        seen.append((int(products), float(residual)))
+
+    op = operators.dense(with_values(SPECTRA["flat"]).astype("float32"))
+    factors = svd(op, KEY, rank=RANK, method=method, tol=1e-3, max_products=2000, report=report)
+    jax.effects_barrier()
+    assert len(seen) >= 2
+    products, residual = zip(*seen, strict=True)
+    assert list(products) == sorted(products)
+    assert residual[-1] < residual[0]
+    if method == "krylov":
+        assert products[-1] == factors.products
+        largest = factors.residual_K.max() / factors.s_K[0]
+        np.testing.assert_allclose(residual[-1], largest, rtol=1e-5)
+
+
 def test_warm_start_saves_products():
     a_MN = with_values(SPECTRA["flat"]).astype("float32")
     cold = svd(operators.dense(a_MN), KEY, rank=RANK)
