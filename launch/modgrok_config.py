@@ -15,7 +15,7 @@ from launch.flags import field
 PROGRAM = "modgrok_train"
 
 
-def _default_cache() -> str:
+def default_cache() -> str:
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(root, "deeper", "xla")
 
@@ -82,7 +82,7 @@ class TrainConfig:
     checkpoint_every: int = field(200, "save", unit="steps", min=1, group="Files")
     keep: int = field(3, "checkpoints kept besides the best", min=1)
     log_every: int = field(50, "write loss and read signals", unit="steps", min=1)
-    compilation_cache: str = field(_default_cache(), "folder of compiled programs; empty: none")
+    compilation_cache: str = field(default_cache(), "folder of compiled programs; empty: none")
 
     parallel: Literal["jit", "pmap", "shard_map"] = field(
         "jit", "how devices share a batch; all give the same numbers", group="Devices"

@@ -1,0 +1,295 @@
+"""Predict missing edges of a graph from the truncated SVD of its walk matrix.
+
+--graph is a folder with a split (train.txt.npy, test.txt.npy, test.neg.txt.npy), or an edge list,
+of which a part is then held out for the test with as many pairs that are no edges. The graph is
+undirected. Files: embeddings.npz (left and right embedding of every node, names if the edge list
+has names), scores.npz (test pairs and their scores). stdout ends with one line of JSON.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from launch import UsageError, isvd_common
+from launch.flags import field
+
+PROGRAM = "isvd_link"
+PRESETS: dict[str, dict[str, object]] = {
+    "auto_rank": {"rank": "auto"},
+    "paper": {"rank": "32"},
+    "paper256": {"rank": "auto", "leaky_rank_choice": True},
+}
+_SPLIT_FILES = ("train.txt.npy", "test.txt.npy", "test.neg.txt.npy")
+_FRACTION = 0.15  # of an edge list that is held out unless told
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkConfig(isvd_common.RunConfig):
+    graph: str = field("", "folder with a split, or an edge list", group="Graph")
+    test_fraction: float | None = field(
+        None, "edge list: share of the edges to test on; none: 0.15", min=0, max=1
+    )
+    ignore_extra: bool = field(False, "edge list: leave aside columns after the second")
+    header: bool | None = field(None, "edge list: its first row is a header; none: find out")
+
+    rank: str = field(
+        "32", "dimensions of an embedding, or auto: chosen on held-out train edges", group="Model"
+    )
+    window: int = field(10, "longest walk", unit="steps", min=1)
+    negative_weight: float = field(0.02, "weight of pairs that are no edges", min=0)
+    tol: float | None = field(
+        None, "residual to reach, relative to the largest value; none: 2.4e-5"
+    )
+    seeds: int = field(1, "random starts, whose mean and deviation are reported", min=1)
+    leaky_rank_choice: bool = field(
+        False, "with --rank=auto: the reference's rule, which sees half of each held-out edge"
+    )
+
+    def validate(self) -> None:
+        isvd_common.check_tol(self.tol)
+        if not self.graph:
+            raise ValueError("--graph=: expected a folder with a split, or an edge list")
+        if self.rank != "auto" and not re.fullmatch("0*[1-9][0-9]*", self.rank):
+            raise ValueError(f"--rank={self.rank}: expected a whole number from 1, or auto")
+        if self.leaky_rank_choice and self.rank != "auto":
+            raise ValueError(
+                f"--leaky_rank_choice=true: expected --rank=auto with it, got --rank={self.rank}"
+            )
+        if self.test_fraction in (0, 1):
+            raise ValueError(
+                f"--test_fraction={self.test_fraction:g}: expected between 0 and 1, both excluded"
+            )
+
+    @property
+    def design(self) -> dict[str, Any]:
+        return {"window": self.window, "negative_weight": self.negative_weight}
+
+
+class _Problem(NamedTuple):
+    split: Any
+    names: np.ndarray | None
+    rank: int
+    choice: Any  # isvd.linkpred.RankChoice, or None
+
+
+def _inputs(cfg: LinkConfig) -> list[Path]:
+    path = Path(cfg.graph)
+    return [path / name for name in _SPLIT_FILES] if path.is_dir() else [path]
+
+
+def _prepare(cfg: LinkConfig, say: Callable[..., None]) -> _Problem:
+    split, names = _read(cfg)
+    num_test, num_nodes = len(split.test_E2), split.num_nodes
+    say(f"{cfg.graph}: {num_nodes} nodes, {len(split.train_E2)} edges to learn, {num_test} to test")
+    if cfg.rank == "auto":
+        choice = _choose_rank(cfg, split, say)
+        return _Problem(split, names, choice.rank, choice)
+    if int(cfg.rank) > num_nodes:
+        raise UsageError(
+            f"--rank={cfg.rank}: expected 1 to {num_nodes}, the nodes of the graph, or auto"
+        )
+    return _Problem(split, names, int(cfg.rank), None)
+
+
+def _read(cfg: LinkConfig) -> tuple[Any, np.ndarray | None]:
+    from isvd import readers
+
+    if not Path(cfg.graph).is_dir():
+        options = {"ignore_extra": cfg.ignore_extra, "header": cfg.header}
+        graph = isvd_common.read_edges("graph", cfg.graph, **options)
+        fraction = _FRACTION if cfg.test_fraction is None else cfg.test_fraction
+        try:
+            split = readers.split_edges(
+                graph.edges_E2, graph.num_nodes, fraction=fraction, seed=cfg.seed
+            )
+        except ValueError as error:
+            raise UsageError(
+                f"--graph={cfg.graph} --test_fraction={fraction:g}: {error}"
+            ) from error
+        return split, graph.names
+    for name, default in (("test_fraction", None), ("ignore_extra", False), ("header", None)):
+        if getattr(cfg, name) != default:
+            raise UsageError(
+                f"--{name}={str(getattr(cfg, name)).lower()}: expected an edge list with it, but "
+                f"--graph={cfg.graph} is a folder, which has its own split"
+            )
+    try:
+        return readers.read_asymproj(cfg.graph), None
+    except (OSError, ValueError) as error:
+        wanted = f"a folder with {', '.join(_SPLIT_FILES)}"
+        raise isvd_common.refusal("graph", cfg.graph, error, wanted) from error
+
+
+def _choose_rank(cfg: LinkConfig, split: Any, say: Callable[..., None]) -> Any:
+    from isvd import linkpred
+
+    choose = linkpred.choose_rank_leaky if cfg.leaky_rank_choice else linkpred.choose_rank
+    ranks = [rank for rank in linkpred.RANKS if rank <= split.num_nodes] or [1]
+    say(f"choosing the rank among {', '.join(map(str, ranks))} on held-out train edges")
+    key = isvd_common.key_for(cfg, 0)
+    options = {"ranks": ranks, "tol": cfg.tol, **cfg.design}
+    try:
+        choice = choose(split.train_E2, split.num_nodes, key, **options)
+    except ValueError as error:
+        raise UsageError(
+            f"--rank=auto: cannot be chosen on --graph={cfg.graph}: {error}; expected a larger or "
+            "sparser graph, or a number"
+        ) from error
+    told = ", ".join(f"{rank}: {auc:.4f}" for rank, auc in zip(ranks, choice.auc_R, strict=True))
+    say(f"rank {choice.rank} (AUC on held-out train edges by rank: {told})")
+    return choice
+
+
+def _work(
+    cfg: LinkConfig, problem: _Problem, folder: Any, say: Callable[..., None]
+) -> tuple[dict[str, Any], isvd_common.Arrays]:
+    import isvd
+    from isvd import design, linkpred, readers
+
+    split, rank = problem.split, problem.rank
+    graph = readers.adjacency(split.train_E2, split.num_nodes)
+    op = design.link_operator(graph, **cfg.design)
+    keys = [isvd_common.key_for(cfg, 1 + start) for start in range(cfg.seeds)]
+    say(f"compiling, then {cfg.seeds} x rank {rank}")
+    factorize, compile_seconds = isvd_common.compiled_svd(op, keys[0], rank=rank, tol=cfg.tol)
+    rows: list[dict[str, Any]] = []
+    kept: tuple[isvd.SVD, np.ndarray, np.ndarray] | None = None
+    for start, key in enumerate(keys):
+        factors, seconds = factorize(op, key)
+        positive_P, negative_Q = (
+            np.asarray(linkpred.scores(factors, pairs))
+            for pairs in (split.test_E2, split.test_negative_E2)
+        )
+        row = {
+            "auc": linkpred.roc_auc(positive_P, negative_Q),
+            "residual": isvd_common.relative_residual(factors),
+            "products": int(factors.products),
+            "seconds_factorize": seconds,
+            "converged": bool(factors.converged),
+        }
+        kept = kept or (factors, positive_P, negative_Q)
+        rows.append(row)
+        folder.scalars(start, row)
+        say(
+            f"start {start + 1}/{cfg.seeds}  AUC {row['auc']:.4f}  residual {row['residual']:.1e}  "
+            f"{row['products']} products in {seconds:.2f} s"
+        )
+    assert kept is not None  # seeds is at least 1
+    return _result(cfg, problem, rows, compile_seconds, say), _arrays(problem, *kept)
+
+
+def _result(
+    cfg: LinkConfig,
+    problem: _Problem,
+    rows: list[dict[str, Any]],
+    compile_seconds: float,
+    say: Callable[..., None],
+) -> dict[str, Any]:
+    column = {name: [row[name] for row in rows] for name in rows[0]}
+    choice = problem.choice
+    result = {
+        "products": max(column["products"]),
+        "auc": float(np.mean(column["auc"])),
+        "auc_std": float(np.std(column["auc"])),
+        "auc_by_start": column["auc"],
+        "rank": problem.rank,
+        "residual": max(column["residual"]),
+        "converged": all(column["converged"]),
+        "seconds_factorize": float(np.mean(column["seconds_factorize"])),
+        "compile_seconds": compile_seconds,
+        "seeds": len(rows),
+        "rank_choice": None if choice is None else ("leaky" if cfg.leaky_rank_choice else "honest"),
+        "heldout_auc_by_rank": {}
+        if choice is None
+        else {str(k): float(auc) for k, auc in zip(choice.ranks, choice.auc_R, strict=True)},
+        "num_nodes": problem.split.num_nodes,
+        "train_edges": len(problem.split.train_E2),
+        "test_edges": len(problem.split.test_E2),
+    }
+    say(f"AUC {result['auc']:.4f} +- {result['auc_std']:.4f} over {len(rows)} random starts")
+    if not result["converged"]:
+        say(f"the tolerance was not reached: the residual is {result['residual']:.1e}")
+    return result
+
+
+def _arrays(
+    problem: _Problem, factors: Any, positive_P: np.ndarray, negative_Q: np.ndarray
+) -> isvd_common.Arrays:
+    """Those of the first random start."""
+    from isvd import linkpred
+
+    left_NK, right_NK = map(np.asarray, linkpred.embeddings(factors))
+    embeddings = {"left": left_NK, "right": right_NK, "singular_values": np.asarray(factors.s_K)}
+    embeddings["residual"] = np.asarray(factors.residual_K)
+    if problem.names is not None:
+        embeddings["names"] = problem.names
+    scores = {"test": problem.split.test_E2, "test_negative": problem.split.test_negative_E2}
+    scores |= {"train": problem.split.train_E2}
+    scores |= {"test_score": positive_P, "test_negative_score": negative_Q}
+    return {"embeddings": embeddings, "scores": scores}
+
+
+# Figures -----------------------------------------------------------------------------------------
+
+
+def _draw(arrays: isvd_common.Arrays) -> dict[str, Any]:
+    embeddings, scores = arrays["embeddings"], arrays["scores"]
+    figures = {
+        "roc": _roc(scores["test_score"], scores["test_negative_score"]),
+        "spectrum": isvd_common.spectrum(embeddings["singular_values"], embeddings["residual"]),
+    }
+    if embeddings["left"].shape[1] >= 3:
+        figures["embedding"] = _picture(embeddings["left"], scores["train"])
+    return figures
+
+
+def _roc(positive_P: np.ndarray, negative_Q: np.ndarray) -> Any:
+    from isvd import linkpred
+
+    # One point for each distinct score, so that ties are crossed in a straight line.
+    bar_T = np.append(np.unique(np.concatenate([positive_P, negative_Q])), np.inf)
+    hit_T, false_T = (
+        1 - np.searchsorted(np.sort(score_P), bar_T) / len(score_P)
+        for score_P in (positive_P, negative_Q)
+    )
+    auc = linkpred.roc_auc(positive_P, negative_Q)
+    figure, axes = isvd_common.new_axes(
+        f"Test pairs, AUC {auc:.4f}", "share of absent pairs taken", "share of edges found"
+    )
+    axes.plot(false_T, hit_T, color="#0072B2")
+    axes.plot([0, 1], [0, 1], ":", color="#666666", label="chance")
+    axes.set_aspect("equal")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _picture(left_NK: np.ndarray, train_E2: np.ndarray) -> Any:
+    """Nodes in dimensions 2 and 3; the first mostly tells how many neighbours a node has."""
+    num_nodes = len(left_NK)
+    degree_N = np.bincount(train_E2.ravel(), minlength=num_nodes)
+    figure, axes = isvd_common.new_axes("Left embedding of the nodes", "dimension 2", "dimension 3")
+    order_N = np.argsort(degree_N, kind="stable")  # the best connected on top
+    points = axes.scatter(
+        *left_NK[order_N, 1:3].T, c=np.log10(1 + degree_N[order_N]), s=6 if num_nodes > 500 else 18
+    )
+    figure.colorbar(points, label="log10(1 + neighbours)")
+    return figure
+
+
+_PROGRAM = isvd_common.Program(PROGRAM, _inputs, _prepare, _work, _draw)
+
+
+def main(cfg: LinkConfig) -> int:
+    return isvd_common.main(_PROGRAM, cfg)
+
+
+def cli() -> None:
+    isvd_common.cli(_PROGRAM, LinkConfig, PRESETS, __doc__)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,321 @@
+"""Classify the nodes of a citation graph in closed form, by the SVD of propagated features.
+
+--dataset is a folder with the files ind.NAME.{x,y,tx,ty,allx,ally,graph,test.index} of Planetoid.
+Validation nodes choose rank and ridge; test nodes are looked at once. --deepen also fits a smaller
+design and fine-tunes it as a split-ReLU network. Files: predictions.npz. stdout ends with one line
+of JSON; with several seeds its accuracies are means.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from launch import UsageError, isvd_common
+from launch.flags import field
+
+PROGRAM = "isvd_node"
+PRESETS: dict[str, dict[str, object]] = {
+    "accurate": {},
+    "paper": {"rank": (100,), "ridge": (0.0,), "dropout_copies": 1},
+}
+_RANKS = (50, 75, 100, 140)  # tried by default, as far as there are so many
+_PARTS = ("x", "y", "tx", "ty", "allx", "ally", "graph", "test.index")
+_DROP_RATE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeConfig(isvd_common.RunConfig):
+    dataset: str = field("", "folder with the files of Planetoid", group="Data")
+    name: Literal["cora", "citeseer", "pubmed"] = field("cora", "graph")
+
+    embedding_rank: int = field(
+        64, "dimensions of each side of the embedding", min=1, group="Model"
+    )
+    pca_rank: int | None = field(
+        1000, "principal components of the features, as far as there are so many; none: all", min=1
+    )
+    num_hops: int = field(15, "propagation steps", unit="steps", min=0)
+    rank: tuple[int, ...] | None = field(
+        None, "triplets of the fit to try; none: 50,75,100,140 as far as there are so many", min=1
+    )
+    ridge: tuple[float, ...] = field(
+        (0.0, 1e-3, 1e-2), "ridges to try, relative to the largest value squared", min=0
+    )
+    dropout_copies: int = field(8, "draws of dropout that are averaged; 0: no dropout", min=0)
+    seeds: int = field(1, "repetitions, whose mean and deviation are reported", min=1)
+
+    deepen: bool = field(False, "also fine-tune a smaller design", group="Deepening")
+    deepen_steps: int = field(100, "updates", unit="steps", min=1)
+    deepen_hops: int = field(5, "its propagation steps, which are its layers", min=0)
+    deepen_pca_rank: int = field(64, "its principal components", min=1)
+    deepen_embedding_rank: int = field(16, "dimensions of each side of its embedding", min=1)
+    deepen_lr: float = field(1e-3, "learning rate", min=0)
+
+    def validate(self) -> None:
+        if not self.dataset:
+            raise ValueError("--dataset=: expected a folder with the files of Planetoid")
+        for name in ("rank", "ridge"):
+            values = getattr(self, name)
+            if values is not None and len(set(values)) != len(values):
+                text = ",".join(f"{value:g}" for value in values)
+                raise ValueError(f"--{name}={text}: expected each number once")
+            if values == ():
+                raise ValueError(f"--{name}=: expected one number at least")
+
+
+class _Problem(NamedTuple):
+    data: Any  # isvd.readers.Citations
+    ranks: tuple[int, ...]
+    deep_ranks: tuple[int, ...]  # of the smaller design
+
+
+class _Start(NamedTuple):
+    """What one seed gives."""
+
+    fit: Any  # isvd.nodeclass.Fit
+    row: dict[str, Any]
+    deep_scores_NC: np.ndarray | None
+
+
+def _inputs(cfg: NodeConfig) -> list[Path]:
+    return [Path(cfg.dataset, f"ind.{cfg.name}.{part}") for part in _PARTS]
+
+
+def _prepare(cfg: NodeConfig, say: Callable[..., None]) -> _Problem:
+    from isvd import readers
+
+    if not Path(cfg.dataset).is_dir():
+        raise UsageError(f"--dataset={cfg.dataset}: expected a folder with the files of Planetoid")
+    try:
+        data = readers.read_planetoid(cfg.dataset, cfg.name)
+    except (OSError, ValueError) as error:
+        wanted = f"the files ind.{cfg.name}.* of Planetoid"
+        raise isvd_common.refusal("dataset", cfg.dataset, error, wanted) from error
+    if len(np.unique(data.labels_N[data.train_I])) < 2:
+        raise UsageError(
+            f"--dataset={cfg.dataset}: its training nodes have one class, expected two or more"
+        )
+    num_nodes = len(data.labels_N)
+    for name in ("embedding_rank", *(("deepen_embedding_rank",) if cfg.deepen else ())):
+        if getattr(cfg, name) > num_nodes:
+            raise UsageError(
+                f"--{name}={getattr(cfg, name)}: expected 1 to {num_nodes}, the nodes of the graph"
+            )
+    limit = _most(data, cfg, cfg.pca_rank, cfg.embedding_rank, cfg.num_hops)
+    if cfg.rank is not None and max(cfg.rank) > limit:
+        raise UsageError(
+            f"--rank={','.join(map(str, cfg.rank))}: expected numbers from 1 to {limit}, the rows "
+            f"({len(data.train_I)} training nodes{' and dropped copies' * bool(cfg.dropout_copies)}"
+            ") and columns of what is fitted"
+        )
+    say(
+        f"{cfg.name}: {num_nodes} nodes, {data.features.shape[1]} features, {data.num_classes} "
+        f"classes; {len(data.train_I)} nodes to train, {len(data.validation_I)} to validate, "
+        f"{len(data.test_I)} to test; compiling first"
+    )
+    deep = _most(data, cfg, cfg.deepen_pca_rank, cfg.deepen_embedding_rank, cfg.deepen_hops)
+    ranks = cfg.rank or _RANKS
+    # Cut here as `isvd.nodeclass.fit` cuts, so that its table's rows are known.
+    return _Problem(data, *(tuple(sorted({min(k, most) for k in ranks})) for most in (limit, deep)))
+
+
+def _most(data: Any, cfg: NodeConfig, pca_rank: int | None, embedding: int, hops: int) -> int:
+    """The largest rank of a fit: the rows (with dropped copies) or the columns that it has."""
+    num_nodes, num_features = data.features.shape
+    width = num_features + 2 * embedding
+    width = width if pca_rank is None else min(pca_rank, num_nodes, width)
+    num_rows = len(data.train_I) * (2 if cfg.dropout_copies else 1)
+    return min(num_rows, (hops + 1) * (width + 2 * embedding))
+
+
+def _work(
+    cfg: NodeConfig, problem: _Problem, folder: Any, say: Callable[..., None]
+) -> tuple[dict[str, Any], isvd_common.Arrays]:
+    starts = []
+    for number in range(cfg.seeds):
+        start = _one(cfg, problem, isvd_common.key_for(cfg, 1 + number))
+        starts.append(start)
+        row = start.row
+        folder.scalars(number, row)
+        words = [
+            f"seed {number + 1}/{cfg.seeds}",
+            f"validation {row['validation_accuracy']:.3f}  test {row['test_accuracy']:.3f}",
+            f"rank {row['rank']}  ridge {row['ridge']:g}",
+        ]
+        if cfg.deepen:
+            words.append(
+                f"smaller design: test {row['shallow_test_accuracy']:.3f}, deepened "
+                f"{row['deepened_test_accuracy']:.3f} (best after {row['deepened_best_step']} "
+                f"of {cfg.deepen_steps} steps)"
+            )
+        say("  ".join([*words, f"{row['seconds_fit']:.1f} s"]))
+    return _result(cfg, [start.row for start in starts], say), _arrays(cfg, problem, starts)
+
+
+def _one(cfg: NodeConfig, problem: _Problem, key: Any) -> _Start:
+    import jax
+
+    from isvd import nodeclass
+
+    began, data = time.monotonic(), problem.data
+    fit = nodeclass.classify(
+        data.adjacency,
+        data.features,
+        data.labels_N,
+        data.train_I,
+        data.validation_I,
+        key,
+        num_hops=cfg.num_hops,
+        embedding_rank=cfg.embedding_rank,
+        pca_rank=cfg.pca_rank,
+        ranks=problem.ranks,
+        ridges=cfg.ridge,
+        draws=cfg.dropout_copies,
+        rate=_DROP_RATE,
+    )
+    row: dict[str, Any] = {
+        "validation_accuracy": float(fit.accuracy_RP.max()),
+        "test_accuracy": nodeclass.accuracy(fit.scores_NC, data.labels_N, data.test_I),
+        "rank": fit.rank,
+        "ridge": fit.ridge,
+    }
+    deep_scores_NC = None
+    if cfg.deepen:
+        more, deep_scores_NC = _deepened(cfg, problem, jax.random.fold_in(key, 1))
+        row |= more
+    row["seconds_fit"] = time.monotonic() - began
+    return _Start(fit, row, deep_scores_NC)
+
+
+def _deepened(cfg: NodeConfig, problem: _Problem, key: Any) -> tuple[dict[str, Any], np.ndarray]:
+    """Fit a smaller design, whose layers are small enough to train, and fine-tune it.
+
+    A layer of the network has as many neurons as a block of the design has columns, twice over.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    import isvd
+    from isvd import deepen, design, nodeclass
+
+    data = problem.data
+    key_features, key_fit, key_tune = jax.random.split(key, 3)
+    z = nodeclass.planetoid_features(
+        data.adjacency,
+        data.features,
+        key_features,
+        embedding_rank=cfg.deepen_embedding_rank,
+        pca_rank=cfg.deepen_pca_rank,
+    )
+    step = isvd.sparse(design.normalized_adjacency(data.adjacency), z.dtype)
+    nodes = (data.labels_N, data.train_I, data.validation_I)
+    fit = nodeclass.fit(
+        design.propagated(step, z, cfg.deepen_hops),
+        *nodes,
+        key_fit,
+        ranks=problem.deep_ranks,
+        ridges=cfg.ridge,
+        draws=cfg.dropout_copies,
+        rate=_DROP_RATE,
+    )
+    start = deepen.init(fit.weights_DC.reshape(cfg.deepen_hops + 1, z.shape[1], -1))
+    x_NF = z.matmat(jnp.eye(z.shape[1], dtype=z.dtype))
+    tuned = deepen.finetune(
+        start, step, x_NF, *nodes, key_tune, steps=cfg.deepen_steps, learning_rate=cfg.deepen_lr
+    )
+    scores_NC = np.asarray(deepen.apply(tuned.params, step, x_NF))
+    row = {
+        "shallow_validation_accuracy": float(fit.accuracy_RP.max()),
+        "shallow_test_accuracy": nodeclass.accuracy(fit.scores_NC, data.labels_N, data.test_I),
+        "deepened_validation_accuracy": nodeclass.accuracy(
+            scores_NC, data.labels_N, data.validation_I
+        ),
+        "deepened_test_accuracy": nodeclass.accuracy(scores_NC, data.labels_N, data.test_I),
+        "deepened_best_step": int(tuned.best_step),
+    }
+    return row, scores_NC
+
+
+def _result(
+    cfg: NodeConfig, rows: list[dict[str, Any]], say: Callable[..., None]
+) -> dict[str, Any]:
+    column = {name: [row[name] for row in rows] for name in rows[0]}
+    # The commonest pair of settings; of equally common ones the first that was met.
+    pairs = collections.Counter(zip(column["rank"], column["ridge"], strict=True))
+    (rank, ridge), _ = pairs.most_common(1)[0]
+    result = {
+        "steps": cfg.deepen_steps if cfg.deepen else 0,
+        "test_accuracy": float(np.mean(column["test_accuracy"])),
+        "test_accuracy_std": float(np.std(column["test_accuracy"])),
+        "validation_accuracy": float(np.mean(column["validation_accuracy"])),
+        "rank": rank,
+        "ridge": ridge,
+        "test_accuracy_by_seed": column["test_accuracy"],
+        "rank_by_seed": column["rank"],
+        "ridge_by_seed": column["ridge"],
+        "seconds_fit": column["seconds_fit"],
+        "seeds": len(rows),
+        "name": cfg.name,
+    }
+    if cfg.deepen:
+        deep = [name for name in rows[0] if name.startswith(("shallow_", "deepened_"))]
+        result |= {name: float(np.mean(column[name])) for name in deep if "accuracy" in name}
+        result["deepened_best_step_by_seed"] = column["deepened_best_step"]
+    say(
+        f"test accuracy {result['test_accuracy']:.4f} +- {result['test_accuracy_std']:.4f} "
+        f"over {len(rows)} seeds"
+    )
+    return result
+
+
+def _arrays(cfg: NodeConfig, problem: _Problem, starts: list[_Start]) -> isvd_common.Arrays:
+    data = problem.data
+    arrays = {
+        "predicted": np.stack([np.asarray(s.fit.scores_NC).argmax(1) for s in starts]),
+        "scores": np.stack([np.asarray(s.fit.scores_NC) for s in starts]),
+        "labels": data.labels_N,
+        "train": data.train_I,
+        "validation": data.validation_I,
+        "test": data.test_I,
+        "ranks": np.array(problem.ranks),
+        "ridges": np.array(cfg.ridge),
+        "validation_accuracy": np.stack([s.fit.accuracy_RP for s in starts]),
+    }
+    deep = [s.deep_scores_NC for s in starts if s.deep_scores_NC is not None]
+    if deep:
+        arrays["deepened_predicted"] = np.stack([scores_NC.argmax(1) for scores_NC in deep])
+    return {"predictions": arrays}
+
+
+def _draw(arrays: isvd_common.Arrays) -> dict[str, Any]:
+    """Validation accuracy by rank, a line for each ridge, the mean over seeds."""
+    table = arrays["predictions"]
+    accuracy_RP = table["validation_accuracy"].mean(axis=0)
+    figure, axes = isvd_common.new_axes(
+        "What the validation nodes say of rank and ridge", "rank", "validation accuracy"
+    )
+    for ridge, accuracy_R in zip(table["ridges"], accuracy_RP.T, strict=True):
+        axes.plot(table["ranks"], accuracy_R, "o-", label=f"ridge {ridge:g}")
+    axes.set_xticks(table["ranks"])
+    axes.legend()
+    return {"validation": figure}
+
+
+_PROGRAM = isvd_common.Program(PROGRAM, _inputs, _prepare, _work, _draw)
+
+
+def main(cfg: NodeConfig) -> int:
+    return isvd_common.main(_PROGRAM, cfg)
+
+
+def cli() -> None:
+    isvd_common.cli(_PROGRAM, NodeConfig, PRESETS, __doc__)
+
+
+if __name__ == "__main__":
+    cli()
