@@ -65,6 +65,19 @@ def contents(folder):
 # Results -----------------------------------------------------------------------------------------
 
 
+def test_each_pass_is_shown_and_recorded(program, tmp_path):
+    a = scipy.sparse.random_array((400, 300), density=0.05, rng=0)
+    scipy.sparse.save_npz(tmp_path / "a.npz", a)
+    answer = program(f"--matrix={tmp_path}/a.npz", "--rank=4", f"--workdir={tmp_path}/run")
+    result = summary(answer)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    passes = [row for row in rows if "finished" not in row]
+    assert passes[-1]["products"] == result["products"]
+    assert passes[-1]["residual"] == pytest.approx(result["residual"], rel=1e-4)
+    for row in passes:
+        assert f"{row['products']} products: residual {row['residual']:.1e}" in answer[2]
+
+
 def saved_as(kind, tmp_path):
     """(path, further flags, the operator that the file describes, its dense twin)."""
     if kind == "dense":
