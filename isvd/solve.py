@@ -13,9 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from isvd.factorize import SVD, inverse_of, outside_span, pull_back, svd
+from isvd.derivative import inverse_of, outside_span, pull_back
+from isvd.factorize import SVD, svd
 from isvd.operators import LinearOperator, check_square, low_rank
 from isvd.orthonormal import orthonormalize
+from isvd.triplets import matmul
 
 
 def approximation(factors: SVD) -> LinearOperator:
@@ -48,9 +50,9 @@ def _product_backward(saved, cotangent_MC):
 
     def tangent(dav_MK: jax.Array, dahu_NK: jax.Array) -> jax.Array:
         out_MK, out_NK = outside_span(op, factors, eps, dav_MK, dahu_NK)
-        vx_KC = _mm(v_NK.conj().T, x_NC)
-        left_MK = _mm(u_MK, _mm(u_MK.conj().T, dav_MK)) + out_MK * s_K
-        return _mm(left_MK, vx_KC) + _mm(u_MK * s_K, _mm(out_NK.conj().T, x_NC))
+        vx_KC = matmul(v_NK.conj().T, x_NC)
+        left_MK = matmul(u_MK, matmul(u_MK.conj().T, dav_MK)) + out_MK * s_K
+        return matmul(left_MK, vx_KC) + matmul(u_MK * s_K, matmul(out_NK.conj().T, x_NC))
 
     (x_bar_NC,) = jax.linear_transpose(approximation(factors).matmat, x_NC)(cotangent_MC)
     return pull_back(op, factors, tangent, cotangent_MC), None, x_bar_NC
@@ -108,7 +110,7 @@ def pinv_solve(
 
 def _solve(factors: SVD, y_MC: jax.Array, ridge: jax.Array) -> jax.Array:
     weight_K = _filter(factors.s_K, ridge)
-    return _mm(factors.v_NK, weight_K[:, None] * _mm(factors.u_MK.conj().T, y_MC))
+    return matmul(factors.v_NK, weight_K[:, None] * matmul(factors.u_MK.conj().T, y_MC))
 
 
 def _filter(s_K: jax.Array, ridge: jax.Array) -> jax.Array:
@@ -135,12 +137,12 @@ def _pinv_backward(saved, cotangent_NC):
 
     def tangent(dav_MK: jax.Array, dahu_NK: jax.Array) -> jax.Array:
         out_MK, out_NK = outside_span(op, factors, eps, dav_MK, dahu_NK)
-        p_KK = _mm(u_MK.conj().T, dav_MK)
+        p_KK = matmul(u_MK.conj().T, dav_MK)
         # What u, s and v change together, their common denominators s_i^2 - s_j^2 cancelled.
         inside_KK = ridge * h_K[:, None] * p_KK.conj().T * h_K - g_K[:, None] * p_KK * g_K
-        uy_KC = _mm(u_MK.conj().T, y_MC)
-        left_NK = _mm(v_NK, inside_KK) + out_NK * g_K
-        return _mm(left_NK, uy_KC) + _mm(v_NK * g_K, _mm(out_MK.conj().T, y_MC))
+        uy_KC = matmul(u_MK.conj().T, y_MC)
+        left_NK = matmul(v_NK, inside_KK) + out_NK * g_K
+        return matmul(left_NK, uy_KC) + matmul(v_NK * g_K, matmul(out_MK.conj().T, y_MC))
 
     _, pull = jax.vjp(lambda y_MC, ridge: _solve(factors, y_MC, ridge), y_MC, ridge)
     return pull_back(op, factors, tangent, cotangent_NC), None, *pull(cotangent_NC)
@@ -182,11 +184,11 @@ def eigh(op: LinearOperator, key: jax.Array, *, rank: int, **options: object) ->
     factors = svd(op, key, rank=min(rank + 1, size) if rank <= size else rank, **options)
     v_NK, _ = orthonormalize(factors.v_NK)
     av_NK = op.matmat(v_NK)
-    small_KK = _mm(v_NK.conj().T, av_NK)
+    small_KK = matmul(v_NK.conj().T, av_NK)
     values_K, turn_KK = jnp.linalg.eigh((small_KK + small_KK.conj().T) / 2)
     order_K = jnp.argsort(-jnp.abs(values_K))[:rank]
     values_K, turn_KK = values_K[order_K], turn_KK[:, order_K]
-    x_NK, ax_NK = _mm(v_NK, turn_KK), _mm(av_NK, turn_KK)
+    x_NK, ax_NK = matmul(v_NK, turn_KK), matmul(av_NK, turn_KK)
     residual_K = jnp.linalg.norm(ax_NK - x_NK * values_K, axis=0)
     products = factors.products + v_NK.shape[1]
     return Eigen(values_K, x_NK, residual_K, products, factors.converged)
@@ -225,14 +227,10 @@ def trace(op: LinearOperator, key: jax.Array, *, samples: int = 48) -> tuple[jax
     q_NS, _ = orthonormalize(op.matmat(_signs(sketch_key, op, third)))
     known = jnp.vdot(q_NS, op.matmat(q_NS))
     signs_NS = _signs(sign_key, op, samples - 2 * third)
-    rest_NS = signs_NS - _mm(q_NS, _mm(q_NS.conj().T, signs_NS))
+    rest_NS = signs_NS - matmul(q_NS, matmul(q_NS.conj().T, signs_NS))
     each_S = (rest_NS.conj() * op.matmat(rest_NS)).sum(0)
     return known + each_S.mean(), each_S.std(ddof=1) / each_S.shape[0] ** 0.5
 
 
 def _signs(key: jax.Array, op: LinearOperator, samples: int) -> jax.Array:
     return jax.random.rademacher(key, (op.shape[1], samples), op.dtype)
-
-
-def _mm(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision="highest")
