@@ -55,6 +55,7 @@ def svd(
             far more accurate than that. Subspace iteration with tol=None makes its ten
             iterations whatever they give.
         max_products: columns multiplied at most (a started cycle is finished, so somewhat more).
+            After more than 20 for each triplet, one product more settles the values.
         block: columns of one product, 8 by default; more suits accelerators. It is the
             multiplicity that one pass can see: clusters that are larger are searched for.
         width: columns of the Krylov basis, which bound memory: (M + N) * width numbers. More of

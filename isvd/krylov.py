@@ -78,10 +78,27 @@ def krylov_svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Arra
     )
     cycle = jax.lax.while_loop(unfinished, functools.partial(_cycle, plan, op, scale), cycle)
     k = plan.rank
+    u_MK, s_K, v_NK = cycle.u_WM[:k].T, cycle.s_W[:k], cycle.v_WN[:k].T
     residual_K = _residual(cycle, k)
-    converged = (residual_K <= plan.tol * cycle.s_W[0]).all()
-    u_MK, v_NK = signed(cycle.u_WM[:k].T, cycle.v_WN[:k].T)
-    return SVD(u_MK, cycle.s_W[:k] * scale, v_NK, residual_K * scale, cycle.products, converged)
+    converged = (residual_K <= plan.tol * s_K[0]).all()
+
+    # Each restart adds its rounding to the values. Where there were many, one more product with the
+    # vectors costs little beside them, and its quotients start from the operator again.
+    many = cycle.products > 20 * k
+    s_K = jax.lax.cond(many, lambda: _quotients(op, scale, u_MK, v_NK), lambda: s_K)
+    order_K = jnp.argsort(-s_K)
+    u_MK, s_K, v_NK, residual_K = (
+        jnp.take(part, order_K, axis=-1) for part in (u_MK, s_K, v_NK, residual_K)
+    )
+    products = cycle.products + jnp.where(many, k, 0)
+    u_MK, v_NK = signed(u_MK, v_NK)
+    return SVD(u_MK, s_K * scale, v_NK, residual_K * scale, products, converged)
+
+
+def _quotients(op: LinearOperator, scale: jax.Array, u_MK: jax.Array, v_NK: jax.Array) -> jax.Array:
+    along_K = (u_MK.conj() * (op.matmat(v_NK) / scale)).sum(0).real
+    sizes_K = jnp.linalg.norm(u_MK, axis=0) * jnp.linalg.norm(v_NK, axis=0)
+    return jnp.maximum(along_K / sizes_K, 0)
 
 
 def _residual(cycle: _Cycle, k: int) -> jax.Array:
