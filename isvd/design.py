@@ -7,6 +7,7 @@ with the sparse graph for each step of a walk.
 Axes: N nodes, F features, C columns of a block, W window, L hops, H = L + 1 blocks of features.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ def link_operator(
     symmetric: bool = True,
     degree_factor: bool = True,
     dtype: Any = jnp.float32,
+    leaf: Callable[..., LinearOperator] = sparse,
 ) -> LinearOperator:
     """The design matrix of network embedding,
 
@@ -55,6 +57,8 @@ def link_operator(
         adjacency: (N, N), a scipy sparse matrix; entries stored twice are added. Self-loops stay.
         window: W, the longest walk, weighted by `walk_weights`; or weights of your own (W,), used
             as they are. Those, and `negative_weight`, may be traced.
+        leaf: what makes the operator of a scipy matrix and a dtype; give `row_sharded` with its
+            mesh and axis to spread the rows over devices.
     Raises:
         ValueError: if the adjacency is not sparse or not square, or for an empty window.
     Source: Abu-El-Haija et al., NeurIPS 2021, section on network embedding.
@@ -64,12 +68,12 @@ def link_operator(
     weights_W = walk_weights(window) if np.ndim(window) == 0 else window
     if np.ndim(weights_W) != 1 or not np.size(weights_W):
         raise ValueError(f"window has shape {np.shape(window)}, expected a number or (W,) weights")
-    step = sparse(normalized_adjacency(adjacency, loops=None, symmetric=symmetric), dtype)
+    step = leaf(normalized_adjacency(adjacency, loops=None, symmetric=symmetric), dtype=dtype)
     walks = windowed_sum(step, jnp.asarray(weights_W, dtype))
     if degree_factor:
         degree_N = _degrees(adjacency)
         walks = walks @ diagonal(jnp.asarray(degree_N**0.5 if symmetric else degree_N, dtype))
-    absent = ones(*adjacency.shape, dtype) - sparse(adjacency, dtype)
+    absent = ones(*adjacency.shape, dtype) - leaf(adjacency, dtype=dtype)
     return walks - jnp.asarray(negative_weight, dtype) * absent
 
 

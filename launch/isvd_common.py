@@ -28,7 +28,15 @@ from launch.modgrok_config import default_cache
 
 Arrays = Mapping[str, Mapping[str, Any]]  # of each file NAME.npz
 # What may differ when the same folder is given again; the numbers do not depend on it.
-FREE = ("workdir", "quiet", "figures", "compilation_cache", "platform_devices", "parallel")
+FREE = (
+    "workdir",
+    "quiet",
+    "figures",
+    "compilation_cache",
+    "platform_devices",
+    "parallel",
+    "devices",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +48,15 @@ class RunConfig:
     quiet: bool = field(False, "no progress on stderr")
     figures: bool = field(True, "draw figures at the end (needs matplotlib)")
     compilation_cache: str = field(default_cache(), "folder of compiled programs; empty: none")
-    platform_devices: int = field(
-        0, "simulate this many CPU devices, of which the first computes; 0: no", min=0, max=512
-    )
+    platform_devices: int = field(0, "simulate this many CPU devices; 0: no", min=0, max=512)
     parallel: Literal["jit"] = field("jit", "how devices share the work: as the compiler decides")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpreadConfig(RunConfig):
+    """Of programs whose matrix is spread over devices."""
+
+    devices: int = field(0, "devices that the matrix' rows are spread over; 0: all", min=0)
 
 
 class Program(NamedTuple):
@@ -87,6 +100,8 @@ def _anew(program: Program, cfg: RunConfig, say: Callable[..., None]) -> dict[st
     from launch import parallel
 
     parallel.start(platform_devices=cfg.platform_devices, compilation_cache=cfg.compilation_cache)
+    if isinstance(cfg, SpreadConfig):
+        parallel.make_mesh(cfg.devices)  # refuses what is not there
     problem = program.prepare(cfg, say)
     workdir = cfg.workdir or str(_new_folder(program.name))
     saved = {**dataclasses.asdict(cfg), "workdir": workdir}
@@ -245,6 +260,27 @@ def compiled_svd(op: Any, key: Any, **options: Any) -> tuple[Callable[..., Any],
         return factors, time.monotonic() - began
 
     return factorize, seconds
+
+
+def spread(cfg: SpreadConfig) -> tuple[Callable[..., Any] | None, int]:
+    """What makes operators whose rows are spread over devices, None on one, and their number."""
+    import isvd
+    from launch import parallel
+
+    mesh = parallel.make_mesh(cfg.devices)
+    make = functools.partial(isvd.row_sharded, mesh=mesh, axis=parallel.AXIS)
+    return (make if mesh.size > 1 else None), mesh.size
+
+
+def pass_reporter(say: Callable[..., None]) -> tuple[Callable[[Any, Any], None], list[dict]]:
+    """`report` of `isvd.svd`, which says how far it is, and the list that it fills."""
+    passes: list[dict[str, Any]] = []
+
+    def report(products: Any, residual: Any) -> None:
+        passes.append({"products": int(products), "residual": float(residual)})
+        say(f"{products} products: residual {residual:.1e} of the largest value")
+
+    return report, passes
 
 
 def relative_residual(factors: Any) -> float:

@@ -27,7 +27,7 @@ _WANTED = "a dense .npy, a sparse .npz of scipy, or an edge list"
 
 
 @dataclasses.dataclass(frozen=True)
-class FactorizeConfig(isvd_common.RunConfig):
+class FactorizeConfig(isvd_common.SpreadConfig):
     matrix: str = field("", f"file with the matrix: {_WANTED}", group="Matrix")
     directed: bool = field(False, "edge list: an edge goes from the first node to the second")
     ignore_extra: bool = field(False, "edge list: leave aside columns after the second")
@@ -126,16 +126,13 @@ def _work(
 
     matrix, names = problem
     is_sparse = scipy.sparse.issparse(matrix)
-    op = isvd.sparse(matrix) if is_sparse else isvd.dense(matrix)
+    make, devices = isvd_common.spread(cfg)
+    op = (make or (isvd.sparse if is_sparse else isvd.dense))(matrix)
     kind = f"sparse with {matrix.nnz} entries" if is_sparse else "dense"
     say(f"{cfg.matrix}: {matrix.shape[0]} x {matrix.shape[1]}, {kind}; compiling, then factoring")
     options = {"method": cfg.method, "tol": cfg.tol, "max_products": cfg.max_products}
-    key, passes = isvd_common.key_for(cfg, 1), []
-
-    def report(products: Any, residual: Any) -> None:
-        passes.append({"products": int(products), "residual": float(residual)})
-        say(f"{products} products: residual {residual:.1e} of the largest value")
-
+    key = isvd_common.key_for(cfg, 1)
+    report, passes = isvd_common.pass_reporter(say)
     factorize, compile_seconds = isvd_common.compiled_svd(
         op, key, rank=cfg.rank, report=report, **options
     )
@@ -153,6 +150,7 @@ def _work(
         "shape": list(matrix.shape),
         "seconds_factorize": seconds,
         "compile_seconds": compile_seconds,
+        "devices": devices,
     }
     say(
         f"rank {cfg.rank} in {result['products']} products and {seconds:.2f} s (compiled in "

@@ -28,7 +28,7 @@ _FRACTION = 0.15  # of an edge list that is held out unless told
 
 
 @dataclasses.dataclass(frozen=True)
-class LinkConfig(isvd_common.RunConfig):
+class LinkConfig(isvd_common.SpreadConfig):
     graph: str = field("", "folder with a split, or an edge list", group="Graph")
     test_fraction: float | None = field(
         None, "edge list: share of the edges to test on; none: 0.15", min=0, max=1
@@ -152,10 +152,14 @@ def _work(
 
     split, rank = problem.split, problem.rank
     graph = readers.adjacency(split.train_E2, split.num_nodes)
-    op = design.link_operator(graph, **cfg.design)
+    make, devices = isvd_common.spread(cfg)
+    op = design.link_operator(graph, leaf=make or isvd.sparse, **cfg.design)
     keys = [isvd_common.key_for(cfg, 1 + start) for start in range(cfg.seeds)]
     say(f"compiling, then {cfg.seeds} x rank {rank}")
-    factorize, compile_seconds = isvd_common.compiled_svd(op, keys[0], rank=rank, tol=cfg.tol)
+    report, _ = isvd_common.pass_reporter(say)
+    factorize, compile_seconds = isvd_common.compiled_svd(
+        op, keys[0], rank=rank, tol=cfg.tol, report=report
+    )
     rows: list[dict[str, Any]] = []
     kept: tuple[isvd.SVD, np.ndarray, np.ndarray] | None = None
     for start, key in enumerate(keys):
@@ -179,7 +183,8 @@ def _work(
             f"{row['products']} products in {seconds:.2f} s"
         )
     assert kept is not None  # seeds is at least 1
-    return _result(cfg, problem, rows, compile_seconds, say), _arrays(problem, *kept)
+    result = _result(cfg, problem, rows, compile_seconds, say)
+    return {**result, "devices": devices}, _arrays(problem, *kept)
 
 
 def _result(

@@ -24,7 +24,7 @@ def program(monkeypatch, capsys):
     """program(*flags) -> (status, stdout, stderr), in this process."""
 
     def call(*args):
-        argv = ["isvd_factorize", "--compilation_cache=", *map(str, args)]
+        argv = ["isvd_factorize", "--compilation_cache=", "--devices=1", *map(str, args)]
         monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit) as ended:
             isvd_factorize.cli()
@@ -70,12 +70,30 @@ def test_each_pass_is_shown_and_recorded(program, tmp_path):
     scipy.sparse.save_npz(tmp_path / "a.npz", a)
     answer = program(f"--matrix={tmp_path}/a.npz", "--rank=4", f"--workdir={tmp_path}/run")
     result = summary(answer)
+    assert result["devices"] == 1
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     passes = [row for row in rows if "finished" not in row]
     assert passes[-1]["products"] == result["products"]
     assert passes[-1]["residual"] == pytest.approx(result["residual"], rel=1e-4)
     for row in passes:
         assert f"{row['products']} products: residual {row['residual']:.1e}" in answer[2]
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_rows_are_spread_over_devices(kind, program, tmp_path):
+    """As many rows as eight devices divide, or not; a finished run is any number's."""
+    a = scipy.sparse.random_array((100, 80), density=0.2, rng=0)
+    path = tmp_path / ("a.npz" if kind == "sparse" else "a.npy")
+    scipy.sparse.save_npz(path, a) if kind == "sparse" else np.save(path, a.toarray())
+    flags = (f"--matrix={path}", "--rank=4", f"--workdir={tmp_path}/run")
+    said = summary(program(*flags, "--devices=0"))
+    assert said["devices"] == jax.device_count() == 8
+    wanted_K = np.linalg.svd(a.toarray(), compute_uv=False)[:4]
+    np.testing.assert_allclose(said["singular_values"], wanted_K, rtol=1e-5)
+    with np.load(tmp_path / "run/factors.npz") as factors:
+        product = factors["u"].T @ a.toarray() @ factors["v"]
+    np.testing.assert_allclose(product, np.diag(wanted_K), atol=1e-4 * wanted_K[0])
+    assert summary(program(*flags, "--devices=2"))["singular_values"] == said["singular_values"]
 
 
 def saved_as(kind, tmp_path):
@@ -351,6 +369,7 @@ def test_bad_files(name, words, tmp_path, program):
         (("--matrix=",), "--matrix=: expected a file"),
         (("--preset=none",), "--preset=none: expected one of accurate, paper"),
         (("--parallel=pmap",), "--parallel=pmap: expected one of jit"),
+        (("--devices=9",), "--devices=9: there are 8 cpu devices; expected 1 to 8, or 0 for all"),
         (("--ranks=3",), "--ranks: unknown flag; did you mean --rank?"),
     ],
 )

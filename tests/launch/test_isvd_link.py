@@ -21,7 +21,8 @@ def program(monkeypatch, capsys):
     """program(*flags) -> (status, stdout, stderr), in this process."""
 
     def call(*args):
-        monkeypatch.setattr(sys, "argv", ["isvd_link", "--compilation_cache=", *map(str, args)])
+        argv = ["isvd_link", "--compilation_cache=", "--devices=1", *map(str, args)]
+        monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit) as ended:
             isvd_link.cli()
         return (ended.value.code or 0, *capsys.readouterr())
@@ -118,6 +119,21 @@ def test_the_numbers_are_those_of_the_library(folder, tmp_path, program):
     assert (rows[2]["step"], rows[2]["auc"]) == (2, said["auc"])
 
 
+def test_rows_are_spread_over_devices(folder, tmp_path, program):
+    flags = (f"--graph={folder}", "--rank=8", "--window=3", "--nofigures")
+    alone, spread = (
+        summary(program(*flags, f"--workdir={tmp_path / f'run{n}'}", f"--devices={n}"))
+        for n in (1, 8)
+    )
+    assert (alone["devices"], spread["devices"]) == (1, 8)
+    assert spread["auc"] == pytest.approx(alone["auc"], abs=1e-3)
+    values = []
+    for n in (1, 8):
+        with np.load(tmp_path / f"run{n}" / "embeddings.npz") as saved:
+            values.append(saved["singular_values"])
+    np.testing.assert_allclose(*values, rtol=1e-5)
+
+
 def test_an_edge_list_is_split(edges, tmp_path, program):
     flags = (f"--graph={edges}", "--rank=2", "--nofigures")
     said = summary(program(*flags, "--test_fraction=0.3", f"--workdir={tmp_path / 'a'}"))
@@ -195,6 +211,7 @@ def test_a_finished_run_gives_its_result_again(edges, tmp_path, program):
         (("--rank=-4",), "--rank=-4: expected a whole number from 1, or auto"),
         (("--rank=Auto",), "--rank=Auto: expected a whole number from 1, or auto"),
         (("--leaky_rank_choice",), "--leaky_rank_choice=true: expected --rank=auto with it"),
+        (("--devices=9",), "--devices=9: there are 8 cpu devices; expected 1 to 8, or 0 for all"),
         (("--window=0",), "--window=0: expected an integer at least 1"),
         (("--negative_weight=-1",), "--negative_weight=-1: expected a finite number at least 0"),
         (("--seeds=0",), "--seeds=0: expected an integer at least 1"),
