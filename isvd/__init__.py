@@ -1,6 +1,7 @@
 """The SVD of matrices that are never formed, and what can be built on it.
 
-`isvd.estimators` has the interface of scikit-learn, and needs it; `isvd.readers` reads graphs.
+`isvd.estimators` has the interface of scikit-learn, and needs it; `isvd.readers` and
+`isvd.planetoid` read graphs.
 
 Source: Abu-El-Haija et al., "Implicit SVD for Graph Representation Learning" (NeurIPS 2021,
 arXiv 2111.06312).

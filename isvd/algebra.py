@@ -61,7 +61,10 @@ def geometric_sum(a: LinearOperator, ratio: Any, num_terms: int) -> LinearOperat
     if num_terms < 1:
         raise ValueError(f"num_terms={num_terms} must be at least 1")
     ratio = jnp.asarray(ratio, jnp.result_type(a.dtype, ratio))
-    return polynomial(a, ratio ** jnp.arange(num_terms, dtype=jnp.int32))
+    # Whole exponents, for the right slope at ratio 0; strict promotion refuses them beside floats.
+    with jax.numpy_dtype_promotion("standard"):
+        powers_Q = ratio ** jnp.arange(num_terms, dtype=jnp.int32)
+    return polynomial(a, powers_Q)
 
 
 def hstack(operators: Sequence[LinearOperator]) -> LinearOperator:

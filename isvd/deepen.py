@@ -208,7 +208,8 @@ def _finetune(
 
     def measure(params: Params) -> jax.Array:
         logits_NC = apply(params, adjacency_hat, x_NF)
-        return (logits_NC[validation_V].argmax(1) == labels_N[validation_V]).mean()
+        predicted_V = logits_NC[validation_V].argmax(1).astype(labels_N.dtype)
+        return (predicted_V == labels_N[validation_V]).mean()
 
     def step(state: tuple, number: jax.Array) -> tuple[tuple, tuple]:
         params, opt_state, best, best_step, best_accuracy = state

@@ -189,7 +189,7 @@ class _Small(NamedTuple):
 
 def _factor(plan: Plan, b_WX: jax.Array, filled: jax.Array) -> _Small:
     block, width, kept = plan.block, plan.width, plan.kept
-    inside_W = jnp.arange(width) < filled
+    inside_W = jnp.arange(width, dtype=jnp.int32) < filled
     b_WW = jnp.where(inside_W, b_WX[:, :width], 0)
     # Rows that are not filled get values above all others, so that they are not taken for zeros.
     size_WW = jnp.abs(b_WW)
@@ -300,7 +300,7 @@ def _project_filled(
     sizes = sorted({-(-width * i // 4) for i in range(1, 5)})
     parts = [functools.partial(_project, z_NB, basis_WN[:size]) for size in sizes]
     none = jnp.zeros((), jnp.finfo(z_NB.dtype).dtype)
-    which = jnp.searchsorted(jnp.array([0, *sizes]), filled)
+    which = jnp.searchsorted(jnp.array([0, *sizes], jnp.int32), filled)
     return jax.lax.switch(which, [lambda: (z_NB, none), *parts])
 
 

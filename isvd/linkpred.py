@@ -127,8 +127,9 @@ def mean_reciprocal_rank(positive_P: Any, negative_PQ: Any) -> Any:
         raise ValueError(
             f"negative_PQ has shape {negative_PQ.shape}, expected ({positive_P.shape[0]}, Q)"
         )
-    above_P = (negative_PQ > positive_P[:, None]).sum(1)
-    not_below_P = (negative_PQ >= positive_P[:, None]).sum(1)
+    # Counts of 32 bits, so that what JAX makes of them is a float32 with x64 on too.
+    above_P = (negative_PQ > positive_P[:, None]).sum(1, dtype=np.int32)
+    not_below_P = (negative_PQ >= positive_P[:, None]).sum(1, dtype=np.int32)
     bad = xp.isnan(positive_P).any() | xp.isnan(negative_PQ).any()
     mean = xp.where(bad, xp.nan, (1 / (1 + (above_P + not_below_P) / 2)).mean())
     return float(mean) if xp is np else mean
@@ -198,8 +199,7 @@ def choose_rank(
     negative_Q2 = _absent_pairs(distinct_E2, num_nodes, negatives_per_edge * num_held, key_negative)
     graph = adjacency(fit_E2, num_nodes)
     auc_R = _auc_by_rank(graph, held_P2, negative_Q2, ranks, key_svd, tol, link_options)
-    best = min(range(len(ranks)), key=lambda i: (-auc_R[i], ranks[i]))
-    return RankChoice(int(ranks[best]), tuple(ranks), auc_R)
+    return _choice(ranks, auc_R, ties=-1)
 
 
 def choose_rank_leaky(
@@ -231,8 +231,7 @@ def choose_rank_leaky(
     negative_Q2 = np.asarray(jax.random.randint(key_negative, shape, 0, num_nodes))
     graph = adjacency(arcs_P2[:num_fit], num_nodes)
     auc_R = _auc_by_rank(graph, held_P2, negative_Q2, ranks, key_svd, tol, link_options)
-    best = max(range(len(ranks)), key=lambda i: (auc_R[i], ranks[i]))
-    return RankChoice(int(ranks[best]), tuple(ranks), auc_R)
+    return _choice(ranks, auc_R, ties=1)
 
 
 def _auc_by_rank(
@@ -253,6 +252,12 @@ def _auc_by_rank(
         both = (np.asarray(scores(part, pairs)) for pairs in (positive_P2, negative_Q2))
         auc.append(roc_auc(*both))
     return np.array(auc)
+
+
+def _choice(ranks: Sequence[int], auc_R: np.ndarray, ties: int) -> RankChoice:
+    """The rank with the best AUC: of equals the larger with ties = 1, the smaller with -1."""
+    best = max(range(len(ranks)), key=lambda i: (auc_R[i], ties * ranks[i]))
+    return RankChoice(int(ranks[best]), tuple(ranks), auc_R)
 
 
 def _absent_pairs(edges_E2: np.ndarray, num_nodes: int, count: int, key: jax.Array) -> np.ndarray:

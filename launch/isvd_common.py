@@ -1,207 +1,17 @@
-"""What the isvd programs share: the flags of a run, its folder, its files, its last line.
+"""What the isvd programs share: reading their input, the compiled factorisation, its figure."""
 
-A program gives three functions: `prepare` reads and checks the input, `work` computes the result
-and the arrays to keep, `draw` makes figures of those arrays. `run` calls them in this order, writes
-nothing before the input is known to be good, and gives a finished folder's result again.
-
-Importing this needs no jax, so that --help and a wrong flag answer at once.
-"""
-
-import contextlib
-import dataclasses
 import functools
-import hashlib
-import json
 import os
 import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any
 
 import numpy as np
 
-from launch import UsageError, flags, rundir
-from launch.flags import field
-from launch.modgrok_config import default_cache
-
-Arrays = Mapping[str, Mapping[str, Any]]  # of each file NAME.npz
-# What may differ when the same folder is given again; the numbers do not depend on it.
-FREE = (
-    "workdir",
-    "quiet",
-    "figures",
-    "compilation_cache",
-    "platform_devices",
-    "parallel",
-    "devices",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """The settings that every program has."""
-
-    workdir: str = field("", "folder of the run; empty: a new dated one in runs/", group="Run")
-    seed: int = field(0, "seed of everything that is random", min=0, max=2**31 - 1)
-    quiet: bool = field(False, "no progress on stderr")
-    figures: bool = field(True, "draw figures at the end (needs matplotlib)")
-    compilation_cache: str = field(default_cache(), "folder of compiled programs; empty: none")
-    platform_devices: int = field(0, "simulate this many CPU devices; 0: no", min=0, max=512)
-    parallel: Literal["jit"] = field("jit", "how devices share the work: as the compiler decides")
-
-
-@dataclasses.dataclass(frozen=True)
-class SpreadConfig(RunConfig):
-    """Of programs whose matrix is spread over devices."""
-
-    devices: int = field(0, "devices that the matrix' rows are spread over; 0: all", min=0)
-
-
-class Program(NamedTuple):
-    """A program: its name, the files it reads, and the three functions described above.
-
-    `status` says what to exit with, and why on stderr, once the result is printed.
-    """
-
-    name: str
-    inputs: Callable[[Any], Iterable[Path]]
-    prepare: Callable[[Any, Callable[..., None]], Any]
-    work: Callable[[Any, Any, rundir.RunDir, Callable[..., None]], tuple[dict[str, Any], Arrays]]
-    draw: Callable[[Arrays], Mapping[str, Any]]
-    status: Callable[[Any, dict[str, Any]], int] = lambda cfg, result: 0
-
-
-def main(program: Program, cfg: RunConfig) -> int:
-    """Run, or give the result of the finished run in the same folder again."""
-    began = time.monotonic()
-    settings = dataclasses.asdict(cfg)
-    flags.to_flagfile(settings)  # refuses what could not be written down
-    known = rundir.check(
-        cfg.workdir or rundir.default_path(program.name), settings, program=program.name, free=FREE
-    )
-    say = functools.partial(print, file=sys.stderr, flush=True)
-    if cfg.quiet:
-        say = lambda *_: None  # noqa: E731
-    row = _finished(Path(cfg.workdir)) if known else None
-    if row:
-        result = _again(program, cfg, row)
-        say(f"{cfg.workdir}: holds this run, finished; its result again")
-    else:
-        result = _anew(program, cfg, say)
-    workdir = result.pop("workdir")
-    head = {"program": program.name, "workdir": workdir, "seconds": time.monotonic() - began}
-    rundir.summary_line({**head, **result})
-    return program.status(cfg, result)
-
-
-def _anew(program: Program, cfg: RunConfig, say: Callable[..., None]) -> dict[str, Any]:
-    from launch import parallel
-
-    parallel.start(platform_devices=cfg.platform_devices, compilation_cache=cfg.compilation_cache)
-    if isinstance(cfg, SpreadConfig):
-        parallel.make_mesh(cfg.devices)  # refuses what is not there
-    problem = program.prepare(cfg, say)
-    workdir = cfg.workdir or str(_new_folder(program.name))
-    saved = {**dataclasses.asdict(cfg), "workdir": workdir}
-    with rundir.RunDir(workdir, saved, program=program.name) as folder:
-        folder.truncate(-1)
-        result, arrays = program.work(cfg, problem, folder, say)
-        for name, values in arrays.items():
-            folder.save_arrays(name, **values)
-        if cfg.figures:
-            _draw(program, folder, arrays, say)
-        steps = 1 + max((row["step"] for row in folder.history()), default=-1)
-        digest = _digest(program.inputs(cfg))
-        folder.scalars(steps, {**result, "files": list(arrays), "input": digest, "finished": True})
-    say(f"files and figures: {workdir}")
-    return {"workdir": workdir, **result}
-
-
-def _again(program: Program, cfg: RunConfig, row: dict[str, Any]) -> dict[str, Any]:
-    """The result of a finished run; figures are drawn if they were not."""
-    path = Path(cfg.workdir)
-    if row.pop("input", None) != _digest(program.inputs(cfg)):
-        raise UsageError(
-            f"--workdir={cfg.workdir}: holds a run whose input files have changed since, or are "
-            "gone; expected the same files, or another folder"
-        )
-    files = row.pop("files", [])
-    if cfg.figures and not (path / "figures").is_dir():
-        saved = dataclasses.asdict(cfg)
-        with rundir.RunDir(path, saved, program=program.name) as folder:
-            _draw(program, folder, {name: _load(cfg, name) for name in files}, lambda *_: None)
-    return {"workdir": cfg.workdir, **row}
-
-
-def _finished(path: Path) -> dict[str, Any] | None:
-    """The last report of a run that ended, without writing anything."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        row = json.loads((path / rundir.METRICS).read_bytes().splitlines()[-1])
-        if isinstance(row, dict) and row.pop("finished", False):
-            row.pop("step")
-            return row
-    return None
-
-
-def _load(cfg: RunConfig, name: str) -> dict[str, np.ndarray]:
-    path = Path(cfg.workdir) / f"{name}.npz"
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except Exception as error:  # damaged archives raise errors of many types
-        raise UsageError(
-            f"--workdir={cfg.workdir}: {path.name} cannot be read ({error}); expected the file "
-            "that the run wrote, or another folder"
-        ) from error
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    sha = hashlib.sha256()
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                sha.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError:
-            sha.update(b"none")
-    return sha.hexdigest()
-
-
-def _new_folder(program: str) -> Path:
-    """A fresh folder under runs/, made at once: two runs may start in the same second."""
-    while True:
-        path = rundir.default_path(program)
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return path
-
-
-def _draw(
-    program: Program, folder: rundir.RunDir, arrays: Arrays, say: Callable[..., None]
-) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        say("no figures: matplotlib is missing; pip install 'deeper[figures]' brings it")
-        return
-    for name, figure in program.draw(arrays).items():
-        folder.save_figure(name, figure)
-
-
-def cli(program: Program, cls: type, presets: flags.Presets, doc: str | None) -> NoReturn:
-    """The command line of a program; `main`, with a sentence and a status for Ctrl-C."""
-
-    def guarded(cfg: RunConfig) -> int:
-        try:
-            return main(program, cfg)
-        except KeyboardInterrupt:
-            text = "stopped, without a result; the same command starts again"
-            print(f"{program.name}: {text}", file=sys.stderr)
-            return 130
-
-    flags.run(guarded, cls, presets=presets, doc=doc)
-
+from launch import UsageError
+from launch.program import SpreadConfig, new_axes
 
 # Input -------------------------------------------------------------------------------------------
 
@@ -235,13 +45,6 @@ def check_tol(tol: float | None) -> None:
 
 
 # Computing ---------------------------------------------------------------------------------------
-
-
-def key_for(cfg: RunConfig, purpose: int) -> Any:
-    """0 a choice before the result; 1, 2, ... the random starts."""
-    import jax
-
-    return jax.random.fold_in(jax.random.key(cfg.seed), purpose)
 
 
 def compiled_svd(op: Any, key: Any, **options: Any) -> tuple[Callable[..., Any], float]:
@@ -290,16 +93,6 @@ def relative_residual(factors: Any) -> float:
 
 
 # Figures -----------------------------------------------------------------------------------------
-
-
-def new_axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
-    """A figure without pyplot, and its only axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 4.6), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    return figure, axes
 
 
 def spectrum(s_K: Any, residual_K: Any) -> Any:

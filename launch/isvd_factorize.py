@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse
 
-from launch import UsageError, isvd_common
+from launch import UsageError, isvd_common, program
 from launch.flags import field
 
 PROGRAM = "isvd_factorize"
@@ -27,7 +27,7 @@ _WANTED = "a dense .npy, a sparse .npz of scipy, or an edge list"
 
 
 @dataclasses.dataclass(frozen=True)
-class FactorizeConfig(isvd_common.SpreadConfig):
+class FactorizeConfig(program.SpreadConfig):
     matrix: str = field("", f"file with the matrix: {_WANTED}", group="Matrix")
     directed: bool = field(False, "edge list: an edge goes from the first node to the second")
     ignore_extra: bool = field(False, "edge list: leave aside columns after the second")
@@ -119,7 +119,7 @@ def _read_sparse(path: str) -> scipy.sparse.csr_array:
 
 def _work(
     cfg: FactorizeConfig, problem: tuple[Any, np.ndarray | None], folder: Any, say: Any
-) -> tuple[dict[str, Any], isvd_common.Arrays]:
+) -> tuple[dict[str, Any], program.Arrays]:
     import jax
 
     import isvd
@@ -131,7 +131,7 @@ def _work(
     kind = f"sparse with {matrix.nnz} entries" if is_sparse else "dense"
     say(f"{cfg.matrix}: {matrix.shape[0]} x {matrix.shape[1]}, {kind}; compiling, then factoring")
     options = {"method": cfg.method, "tol": cfg.tol, "max_products": cfg.max_products}
-    key = isvd_common.key_for(cfg, 1)
+    key = program.key_for(cfg, 1)
     report, passes = isvd_common.pass_reporter(say)
     factorize, compile_seconds = isvd_common.compiled_svd(
         op, key, rank=cfg.rank, report=report, **options
@@ -162,7 +162,7 @@ def _work(
     return result, {"factors": {name: np.asarray(x) for name, x in arrays.items()}}
 
 
-def _draw(arrays: isvd_common.Arrays) -> dict[str, Any]:
+def _draw(arrays: program.Arrays) -> dict[str, Any]:
     factors = arrays["factors"]
     return {"spectrum": isvd_common.spectrum(factors["s"], factors["residual"])}
 
@@ -180,15 +180,15 @@ def _status(cfg: FactorizeConfig, result: dict[str, Any]) -> int:
     return 1
 
 
-_PROGRAM = isvd_common.Program(PROGRAM, _inputs, _prepare, _work, _draw, _status)
+_PROGRAM = program.Program(PROGRAM, _inputs, _prepare, _work, _draw, _status)
 
 
 def main(cfg: FactorizeConfig) -> int:
-    return isvd_common.main(_PROGRAM, cfg)
+    return program.main(_PROGRAM, cfg)
 
 
 def cli() -> None:
-    isvd_common.cli(_PROGRAM, FactorizeConfig, PRESETS, __doc__)
+    program.cli(_PROGRAM, FactorizeConfig, PRESETS, __doc__)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from launch import UsageError, isvd_common
+from launch import UsageError, isvd_common, program
 from launch.flags import field
 
 PROGRAM = "isvd_link"
@@ -28,7 +28,7 @@ _FRACTION = 0.15  # of an edge list that is held out unless told
 
 
 @dataclasses.dataclass(frozen=True)
-class LinkConfig(isvd_common.SpreadConfig):
+class LinkConfig(program.SpreadConfig):
     graph: str = field("", "folder with a split, or an edge list", group="Graph")
     test_fraction: float | None = field(
         None, "edge list: share of the edges to test on; none: 0.15", min=0, max=1
@@ -130,7 +130,7 @@ def _choose_rank(cfg: LinkConfig, split: Any, say: Callable[..., None]) -> Any:
     choose = linkpred.choose_rank_leaky if cfg.leaky_rank_choice else linkpred.choose_rank
     ranks = [rank for rank in linkpred.RANKS if rank <= split.num_nodes] or [1]
     say(f"choosing the rank among {', '.join(map(str, ranks))} on held-out train edges")
-    key = isvd_common.key_for(cfg, 0)
+    key = program.key_for(cfg, 0)
     options = {"ranks": ranks, "tol": cfg.tol, **cfg.design}
     try:
         choice = choose(split.train_E2, split.num_nodes, key, **options)
@@ -146,7 +146,7 @@ def _choose_rank(cfg: LinkConfig, split: Any, say: Callable[..., None]) -> Any:
 
 def _work(
     cfg: LinkConfig, problem: _Problem, folder: Any, say: Callable[..., None]
-) -> tuple[dict[str, Any], isvd_common.Arrays]:
+) -> tuple[dict[str, Any], program.Arrays]:
     import isvd
     from isvd import design, linkpred, readers
 
@@ -154,7 +154,7 @@ def _work(
     graph = readers.adjacency(split.train_E2, split.num_nodes)
     make, devices = isvd_common.spread(cfg)
     op = design.link_operator(graph, leaf=make or isvd.sparse, **cfg.design)
-    keys = [isvd_common.key_for(cfg, 1 + start) for start in range(cfg.seeds)]
+    keys = [program.key_for(cfg, 1 + start) for start in range(cfg.seeds)]
     say(f"compiling, then {cfg.seeds} x rank {rank}")
     report, _ = isvd_common.pass_reporter(say)
     factorize, compile_seconds = isvd_common.compiled_svd(
@@ -223,7 +223,7 @@ def _result(
 
 def _arrays(
     problem: _Problem, factors: Any, positive_P: np.ndarray, negative_Q: np.ndarray
-) -> isvd_common.Arrays:
+) -> program.Arrays:
     """Those of the first random start."""
     from isvd import linkpred
 
@@ -241,7 +241,7 @@ def _arrays(
 # Figures -----------------------------------------------------------------------------------------
 
 
-def _draw(arrays: isvd_common.Arrays) -> dict[str, Any]:
+def _draw(arrays: program.Arrays) -> dict[str, Any]:
     embeddings, scores = arrays["embeddings"], arrays["scores"]
     figures = {
         "roc": _roc(scores["test_score"], scores["test_negative_score"]),
@@ -262,7 +262,7 @@ def _roc(positive_P: np.ndarray, negative_Q: np.ndarray) -> Any:
         for score_P in (positive_P, negative_Q)
     )
     auc = linkpred.roc_auc(positive_P, negative_Q)
-    figure, axes = isvd_common.new_axes(
+    figure, axes = program.new_axes(
         f"Test pairs, AUC {auc:.4f}", "share of absent pairs taken", "share of edges found"
     )
     axes.plot(false_T, hit_T, color="#0072B2")
@@ -276,7 +276,7 @@ def _picture(left_NK: np.ndarray, train_E2: np.ndarray) -> Any:
     """Nodes in dimensions 2 and 3; the first mostly tells how many neighbours a node has."""
     num_nodes = len(left_NK)
     degree_N = np.bincount(train_E2.ravel(), minlength=num_nodes)
-    figure, axes = isvd_common.new_axes("Left embedding of the nodes", "dimension 2", "dimension 3")
+    figure, axes = program.new_axes("Left embedding of the nodes", "dimension 2", "dimension 3")
     order_N = np.argsort(degree_N, kind="stable")  # the best connected on top
     points = axes.scatter(
         *left_NK[order_N, 1:3].T, c=np.log10(1 + degree_N[order_N]), s=6 if num_nodes > 500 else 18
@@ -285,15 +285,15 @@ def _picture(left_NK: np.ndarray, train_E2: np.ndarray) -> Any:
     return figure
 
 
-_PROGRAM = isvd_common.Program(PROGRAM, _inputs, _prepare, _work, _draw)
+_PROGRAM = program.Program(PROGRAM, _inputs, _prepare, _work, _draw)
 
 
 def main(cfg: LinkConfig) -> int:
-    return isvd_common.main(_PROGRAM, cfg)
+    return program.main(_PROGRAM, cfg)
 
 
 def cli() -> None:
-    isvd_common.cli(_PROGRAM, LinkConfig, PRESETS, __doc__)
+    program.cli(_PROGRAM, LinkConfig, PRESETS, __doc__)
 
 
 if __name__ == "__main__":

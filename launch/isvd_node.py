@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from launch import UsageError, isvd_common
+from launch import UsageError, isvd_common, program
 from launch.flags import field
 
 PROGRAM = "isvd_node"
@@ -29,7 +29,7 @@ _DROP_RATE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class NodeConfig(isvd_common.RunConfig):
+class NodeConfig(program.RunConfig):
     dataset: str = field("", "folder with the files of Planetoid", group="Data")
     name: Literal["cora", "citeseer", "pubmed"] = field("cora", "graph")
 
@@ -69,7 +69,7 @@ class NodeConfig(isvd_common.RunConfig):
 
 
 class _Problem(NamedTuple):
-    data: Any  # isvd.readers.Citations
+    data: Any  # isvd.planetoid.Citations
     ranks: tuple[int, ...]
     deep_ranks: tuple[int, ...]  # of the smaller design
 
@@ -87,12 +87,12 @@ def _inputs(cfg: NodeConfig) -> list[Path]:
 
 
 def _prepare(cfg: NodeConfig, say: Callable[..., None]) -> _Problem:
-    from isvd import readers
+    from isvd import planetoid
 
     if not Path(cfg.dataset).is_dir():
         raise UsageError(f"--dataset={cfg.dataset}: expected a folder with the files of Planetoid")
     try:
-        data = readers.read_planetoid(cfg.dataset, cfg.name)
+        data = planetoid.read_planetoid(cfg.dataset, cfg.name)
     except (OSError, ValueError) as error:
         wanted = f"the files ind.{cfg.name}.* of Planetoid"
         raise isvd_common.refusal("dataset", cfg.dataset, error, wanted) from error
@@ -135,10 +135,10 @@ def _most(data: Any, cfg: NodeConfig, pca_rank: int | None, embedding: int, hops
 
 def _work(
     cfg: NodeConfig, problem: _Problem, folder: Any, say: Callable[..., None]
-) -> tuple[dict[str, Any], isvd_common.Arrays]:
+) -> tuple[dict[str, Any], program.Arrays]:
     starts = []
     for number in range(cfg.seeds):
-        start = _one(cfg, problem, isvd_common.key_for(cfg, 1 + number))
+        start = _one(cfg, problem, program.key_for(cfg, 1 + number))
         starts.append(start)
         row = start.row
         folder.scalars(number, row)
@@ -273,7 +273,7 @@ def _result(
     return result
 
 
-def _arrays(cfg: NodeConfig, problem: _Problem, starts: list[_Start]) -> isvd_common.Arrays:
+def _arrays(cfg: NodeConfig, problem: _Problem, starts: list[_Start]) -> program.Arrays:
     data = problem.data
     arrays = {
         "predicted": np.stack([np.asarray(s.fit.scores_NC).argmax(1) for s in starts]),
@@ -292,11 +292,11 @@ def _arrays(cfg: NodeConfig, problem: _Problem, starts: list[_Start]) -> isvd_co
     return {"predictions": arrays}
 
 
-def _draw(arrays: isvd_common.Arrays) -> dict[str, Any]:
+def _draw(arrays: program.Arrays) -> dict[str, Any]:
     """Validation accuracy by rank, a line for each ridge, the mean over seeds."""
     table = arrays["predictions"]
     accuracy_RP = table["validation_accuracy"].mean(axis=0)
-    figure, axes = isvd_common.new_axes(
+    figure, axes = program.new_axes(
         "What the validation nodes say of rank and ridge", "rank", "validation accuracy"
     )
     for ridge, accuracy_R in zip(table["ridges"], accuracy_RP.T, strict=True):
@@ -306,15 +306,15 @@ def _draw(arrays: isvd_common.Arrays) -> dict[str, Any]:
     return {"validation": figure}
 
 
-_PROGRAM = isvd_common.Program(PROGRAM, _inputs, _prepare, _work, _draw)
+_PROGRAM = program.Program(PROGRAM, _inputs, _prepare, _work, _draw)
 
 
 def main(cfg: NodeConfig) -> int:
-    return isvd_common.main(_PROGRAM, cfg)
+    return program.main(_PROGRAM, cfg)
 
 
 def cli() -> None:
-    isvd_common.cli(_PROGRAM, NodeConfig, PRESETS, __doc__)
+    program.cli(_PROGRAM, NodeConfig, PRESETS, __doc__)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,14 @@ Importing this needs no jax, so that --help and a wrong flag answer at once.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, Literal
 
 from launch import UsageError
 from launch.flags import field
+from launch.program import default_cache
 
 PROGRAM = "modgrok_train"
-
-
-def default_cache() -> str:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(root, "deeper", "xla")
 
 
 @dataclasses.dataclass(frozen=True)

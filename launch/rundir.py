@@ -254,6 +254,12 @@ class RunDir:
             with _whole(self.path / f"{name}.npz") as file:
                 np.savez(file, **arrays)
 
+    def save_text(self, name: str, text: str) -> None:
+        """Write a text file of that name."""
+        if self._writer:
+            with _whole(self.path / name) as file:
+                file.write(text.encode())
+
     def close(self) -> None:
         if self._events is not None:
             self._events.close()

@@ -17,7 +17,7 @@ from robust_depth.problems import _check_choice
 SCHEMES = ("zero_first", "balanced", "gaussian", "random_sign")
 
 # Sizes at which a start is small without being slow to leave, for theta of about 1: measured.
-INIT_SCALES = {1: 1e-3, 2: 1e-3, 3: 0.1, 4: 0.2, 5: 0.3}
+INIT_SCALES = {1: 1e-3, 2: 3e-5, 3: 0.1, 4: 0.22, 5: 0.35}
 
 
 def init_scale(depth: int) -> float:
@@ -185,11 +185,10 @@ def init_relu(
         raise ValueError(f"dim={dim} and width={width}, expected at least 1")
     sizes = [dim, *[width] * (depth - 1), 1]
     weights = []
-    for key, (rows, columns) in zip(
-        jax.random.split(key, depth), itertools.pairwise(sizes), strict=True
-    ):
+    layers = zip(jax.random.split(key, depth), itertools.pairwise(sizes), strict=True)
+    for layer_key, (rows, columns) in layers:
         size = jnp.asarray(scale * (2 / rows) ** 0.5, dtype)
-        w_IO = size * jax.random.normal(key, (rows, columns), dtype)
+        w_IO = size * jax.random.normal(layer_key, (rows, columns), dtype)
         weights.append({"w": w_IO, "b": jnp.zeros(columns, dtype)})
     return weights
 

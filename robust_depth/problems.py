@@ -212,7 +212,7 @@ def _corrupted(
     num_rows, dtype = clean_M.shape[0], clean_M.dtype
     # A mask and not an index, so that the fraction may be traced.
     count = jnp.round(jnp.asarray(fraction, jnp.float32) * num_rows).astype(jnp.int32)
-    corrupted_M = jax.random.permutation(key_rows, num_rows) < count
+    corrupted_M = jax.random.permutation(key_rows, jnp.arange(num_rows, dtype=jnp.int32)) < count
     if kind == "gaussian":
         value_M = jax.random.normal(key_values, (num_rows,), dtype)
     elif kind == "sign_flip":

@@ -45,10 +45,11 @@ def test_products(mesh, form, rows):
 def test_same_triplets_as_on_one_device(mesh, form):
     a_MN = matrix()
     op = sharded.row_sharded(a_MN.toarray() if form == "dense" else a_MN, mesh, "rows")
-    spread, one = svd(op, KEY, rank=6), svd(spmm.sparse(a_MN), KEY, rank=6)
+    options = {"rank": 2, "block": 2, "width": 24}  # it restarts, and soon ends
+    spread, one = svd(op, KEY, **options), svd(spmm.sparse(a_MN), KEY, **options)
     assert spread.converged
     np.testing.assert_allclose(spread.s_K, one.s_K, rtol=1e-5)
-    np.testing.assert_allclose(spread.s_K, np.linalg.svd(a_MN.toarray())[1][:6], rtol=1e-5)
+    np.testing.assert_allclose(spread.s_K, np.linalg.svd(a_MN.toarray())[1][:2], rtol=1e-5)
 
 
 def test_collectives_of_a_product(mesh):

@@ -1,44 +1,27 @@
 """The node classification program on a planted graph, and on Cora where it is."""
 
-import io
-import json
-import pickle
-import struct
-import sys
+import functools
 from collections import defaultdict
-from pathlib import Path
-from typing import ClassVar
 
 import jax
 import numpy as np
+import programs
 import pytest
 import scipy.sparse
+from graph_files import python2_pickle, real_data
+from programs import fixture_for, summary
 
-from isvd import nodeclass, readers
+from isvd import nodeclass, planetoid
 from launch import isvd_node
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 NUM_TRAIN, NUM_KNOWN, NUM_TEST, NUM_WORDS = 8, 508, 40, 20
 # The smallest that still has everything.
 SMALL = ("--embedding_rank=2", "--pca_rank=6", "--num_hops=2", "--rank=2,4", "--dropout_copies=2")
 SMALL += ("--ridge=0,0.1",)
 OPTIONS = {"embedding_rank": 2, "pca_rank": 6, "num_hops": 2, "ranks": (2, 4)}
 
-
-class _Python2Pickler(pickle._Pickler):
-    """Writes bytes as Python 2 does, which had them as strings."""
-
-    def save_bytes(self, value):
-        self.write(b"T" + struct.pack("<i", len(value)) + value)
-
-    dispatch: ClassVar = {**pickle._Pickler.dispatch, bytes: save_bytes}
-
-
-def python2_pickle(value):
-    file = io.BytesIO()
-    _Python2Pickler(file, protocol=2).dump(value)
-    renamed = file.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-    return renamed.replace(b"cscipy.sparse._csr\n", b"cscipy.sparse.csr\n")
+program = fixture_for(isvd_node)
+assert_refused = functools.partial(programs.assert_refused, program="isvd_node")
 
 
 @pytest.fixture(scope="module")
@@ -71,34 +54,6 @@ def dataset(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def program(monkeypatch, capsys):
-    """program(*flags) -> (status, stdout, stderr), in this process."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["isvd_node", "--compilation_cache=", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            isvd_node.cli()
-        return (ended.value.code or 0, *capsys.readouterr())
-
-    return call
-
-
-def summary(answer):
-    assert answer[0] == 0, answer[2]
-    return json.loads(answer[1].splitlines()[-1])
-
-
-def assert_refused(answer, *texts):
-    """Status 2, one sentence on stderr, nothing on stdout."""
-    status, out, err = answer
-    assert (status, out) == (2, "")
-    assert err.startswith("isvd_node: ")
-    assert err.count("\n") == 1
-    for text in texts:
-        assert text in err
-
-
 # Results -----------------------------------------------------------------------------------------
 
 
@@ -107,7 +62,7 @@ def test_the_numbers_are_those_of_the_library(dataset, tmp_path, program):
     flags = (f"--dataset={dataset}", *SMALL, "--seeds=2")
     answer = program(*flags, f"--workdir={workdir}")
     said = summary(answer)
-    data = readers.read_planetoid(dataset, "cora")
+    data = planetoid.read_planetoid(dataset, "cora")
     nodes = (data.adjacency, data.features, data.labels_N, data.train_I, data.validation_I)
     keys = [jax.random.fold_in(jax.random.key(0), 1 + i) for i in range(2)]
     options = OPTIONS | {"ridges": (0.0, 0.1), "draws": 2}
@@ -238,9 +193,7 @@ def test_a_foreign_folder_is_refused(dataset, tmp_path, program):
 
 @pytest.mark.slow
 def test_real_cora(tmp_path, program):
-    path = DATA / "planetoid"
-    if not path.exists():
-        pytest.skip("no real data: planetoid is not in shared/data beside the repository")
+    path = real_data("planetoid")
     flags = (f"--dataset={path}", "--name=cora", "--seeds=2", f"--workdir={tmp_path / 'run'}")
     said = summary(program(*flags))
     assert said["test_accuracy"] >= 0.82
