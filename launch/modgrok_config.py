@@ -25,7 +25,7 @@ class TrainConfig:
     figures: bool = field(True, "draw figures at the end (needs matplotlib)")
 
     p: int = field(7, "modulus, a prime", min=2, max=1009, group="Tasks z = a x + b y mod p")
-    num_tasks: int = field(36, "task vectors (a, b) trained on", unit="tasks", min=1)
+    num_tasks: int = field(40, "task vectors (a, b) trained on", unit="tasks", min=1)
     task_rule: Literal["random", "rectangular"] = field(
         "random", "how they are chosen: any, or the corners of rectangles (num_tasks = 4 m)"
     )
@@ -37,7 +37,7 @@ class TrainConfig:
     )
     extra_tokens: int = field(0, "unused entries of the vocabulary", unit="tokens", min=0)
 
-    shots: int = field(14, "examples in a sequence", min=2, group="Model")
+    shots: int = field(18, "examples in a sequence", min=2, group="Model")
     width: int = field(128, "channels of the residual stream", min=2)
     heads: int = field(4, "attention heads", min=1)
     layers: int = field(2, "blocks", min=1)
@@ -45,8 +45,8 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = field("float32", "type of matrix products")
     remat: bool = field(False, "recompute blocks in the backward pass to save memory")
 
-    steps: int = field(1200, "updates", unit="steps", min=1, group="Training")
-    batch: int = field(252, "sequences of all devices, a multiple of num_tasks", min=1)
+    steps: int = field(1600, "updates", unit="steps", min=1, group="Training")
+    batch: int = field(280, "sequences of all devices, a multiple of num_tasks", min=1)
     micro_batches: int = field(1, "parts that a batch is cut into to save memory", min=1)
     optimizer: Literal["adamw", "muon"] = field("muon", "update rule; the paper's is adamw")
     lr: float = field(0.03, "peak learning rate (muon: of the blocks' matrices)", min=0)

@@ -63,7 +63,7 @@ def _work(
 
 def _kept(folder: rundir.RunDir, name: str) -> dict[str, np.ndarray] | None:
     try:
-        with np.load(folder.path / f"{name}.npz") as file:
+        with open(folder.path / f"{name}.npz", "rb") as opened, np.load(opened) as file:
             return dict(file)
     except Exception:  # not there, or damaged: run again
         return None

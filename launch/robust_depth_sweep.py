@@ -123,7 +123,7 @@ def _kept(
             continue
         start, stop = map(int, match.groups())
         try:
-            with np.load(path) as file:
+            with open(path, "rb") as opened, np.load(opened) as file:
                 part = {name: file[name] for name in _ARRAYS}
             if any(x.shape != (stop - start, *shape) for x in part.values()):
                 raise ValueError("its arrays have other shapes")

@@ -1,4 +1,111 @@
 """Deep models that are robust to gross corruption, and how flat their loss is around a solution.
 
+`robust_depth.estimator` has the interface of scikit-learn, and needs it, as parts of
+`robust_depth.baselines` do; `robust_depth.figures` needs matplotlib.
+
 Source: Ma & Fattahi, "Blessing of Depth in Linear Regression" (NeurIPS 2022, arXiv 2207.07612).
 """
+
+from robust_depth.flatness import (
+    Flatness,
+    check_solution,
+    fit_slope,
+    flatness_curve,
+    largest_radius,
+    reachable_box,
+)
+from robust_depth.method import (
+    DIAGONAL,
+    MATRIX,
+    RELU,
+    Info,
+    Model,
+    State,
+    constant,
+    diverged,
+    geometric,
+    init,
+    inverse_sqrt,
+    l1_loss,
+    polyak,
+    relative_error,
+    run,
+    step,
+)
+from robust_depth.models import (
+    balanced_solution,
+    init_diagonal,
+    init_matrix,
+    init_relu,
+    init_scale,
+    leave_one_out,
+    matrix_product,
+    predict_diagonal,
+    predict_matrix,
+    predict_relu,
+    product,
+    unbalanced_solution,
+)
+from robust_depth.problems import (
+    NetworkProblem,
+    Problem,
+    check_finite,
+    sample_matrix_sensing,
+    sample_regression,
+    sample_relu_teacher,
+)
+from robust_depth.sweep import Grid, Records, run_trials, success_rate, trial_keys
+from robust_depth.theory import entry_time, exit_time, imbalance, predicted_entry, predicted_exit
+
+__all__ = [
+    "DIAGONAL",
+    "MATRIX",
+    "RELU",
+    "Flatness",
+    "Grid",
+    "Info",
+    "Model",
+    "NetworkProblem",
+    "Problem",
+    "Records",
+    "State",
+    "balanced_solution",
+    "check_finite",
+    "check_solution",
+    "constant",
+    "diverged",
+    "entry_time",
+    "exit_time",
+    "fit_slope",
+    "flatness_curve",
+    "geometric",
+    "imbalance",
+    "init",
+    "init_diagonal",
+    "init_matrix",
+    "init_relu",
+    "init_scale",
+    "inverse_sqrt",
+    "l1_loss",
+    "largest_radius",
+    "leave_one_out",
+    "matrix_product",
+    "polyak",
+    "predict_diagonal",
+    "predict_matrix",
+    "predict_relu",
+    "predicted_entry",
+    "predicted_exit",
+    "product",
+    "reachable_box",
+    "relative_error",
+    "run",
+    "run_trials",
+    "sample_matrix_sensing",
+    "sample_regression",
+    "sample_relu_teacher",
+    "step",
+    "success_rate",
+    "trial_keys",
+    "unbalanced_solution",
+]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 OUTLIERS = ("gaussian", "sign_flip", "adversarial")
 TRUTHS = ("nonnegative", "signed")
@@ -243,13 +244,27 @@ def _check_fraction(fraction: Any) -> None:
         raise ValueError(f"outlier_fraction={fraction}, expected from 0 to less than 1")
 
 
+def _check_radius(name: str, radius: Any, ndim: int = 0) -> None:
+    if jnp.ndim(radius) != ndim:
+        raise ValueError(f"{name} has shape {jnp.shape(radius)}, expected {ndim} axes")
+    if not isinstance(radius, jax.core.Tracer):
+        radius = np.asarray(radius)
+        if not (np.isfinite(radius) & (radius >= 0)).all():
+            raise ValueError(f"{name}={radius}, expected finite numbers, at least 0")
+
+
+def _known(bad: Any) -> bool:
+    """Whether any of these is true, where that is known already: not while tracing."""
+    return not isinstance(bad, jax.core.Tracer) and bool(np.any(bad))
+
+
 def check_finite(problem: Problem | NetworkProblem) -> None:
     """ValueError naming the first part of a problem that has a NaN or an infinity, and where.
 
-    For data of your own; it waits for the device.
+    For data of your own; it waits for the device, and passes over what a trace does not know.
     """
     for name, part in zip(problem._fields, problem, strict=True):
         bad = ~jnp.isfinite(part)
-        if bad.any():
-            where = tuple(int(i) for i in jnp.argwhere(bad)[0])
+        if _known(bad):
+            where = tuple(int(i) for i in np.argwhere(bad)[0])
             raise ValueError(f"{name}{list(where)} is {part[where]}, expected finite numbers")

@@ -210,8 +210,8 @@ def sample_supports(key: jax.Array, *, num_supports: int, dim: int, sparsity: in
     """
     if not 1 <= sparsity <= dim:
         raise ValueError(f"sparsity={sparsity}, expected 1 to dim={dim}")
-    keys = jax.random.split(key, num_supports)
-    return jax.vmap(lambda key: jax.random.permutation(key, dim)[:sparsity])(keys)
+    keys, every_D = jax.random.split(key, num_supports), jnp.arange(dim, dtype=jnp.int32)
+    return jax.vmap(lambda key: jax.random.permutation(key, every_D)[:sparsity])(keys)
 
 
 def l1_isometry(

@@ -95,7 +95,7 @@ def test_help_explains_every_flag(program):
 
 # Bad input ---------------------------------------------------------------------------------------
 
-DEMO = ("--preset=demo",)  # p=7, 36 tasks, batch 252, width 128, 4 heads, 1200 steps
+DEMO = ("--preset=demo",)  # p=7, 40 tasks, batch 280, width 128, 4 heads, 1600 steps
 BAD = [
     (["--p=8"], "--p=8: expected a prime; near it are 2, 3, 5, 7, 11, 13"),
     (["--p=1"], "--p=1: expected an integer at least 2"),
@@ -108,12 +108,12 @@ BAD = [
         "--p=7 --num_tasks=44 --task_rule=rectangular",
     ),
     (["--task_rule=round"], "--task_rule=round: expected one of random, rectangular"),
-    (["--batch=250"], "--batch=250: expected a multiple of --num_tasks=36"),
-    (["--batch=36", "--devices=8"], "--batch=36: expected a multiple of the 8 devices"),
-    (["--micro_batches=5"], "--micro_batches=5: expected a divisor of --batch=252"),
+    (["--batch=250"], "--batch=250: expected a multiple of --num_tasks=40"),
+    (["--batch=40", "--devices=3"], "--batch=40: expected a multiple of the 3 devices"),
+    (["--micro_batches=9"], "--micro_batches=9: expected a divisor of --batch=280"),
     (
-        ["--micro_batches=63", "--devices=8"],
-        "--batch=252: expected a multiple of the 8 devices x --micro_batches=63",
+        ["--micro_batches=70", "--devices=8"],
+        "--batch=280: expected a multiple of the 8 devices x --micro_batches=70",
     ),
     (["--shots=40"], "--shots=40: expected at most 39, the inputs to train on"),
     (["--shots=1"], "--shots=1: expected an integer at least 2"),
@@ -124,7 +124,7 @@ BAD = [
     (["--input_fraction=1"], "--input_fraction=1: leaves 49 of p^2=49 inputs"),
     (["--input_fraction=0.001"], "--input_fraction=0.001: leaves 0 of p^2=49 inputs"),
     (["--input_fraction=1.5"], "--input_fraction=1.5: expected a finite number at least 0"),
-    (["--warmup_steps=1200"], "--warmup_steps=1200: expected less than --schedule_steps=1200"),
+    (["--warmup_steps=1600"], "--warmup_steps=1600: expected less than --schedule_steps=1600"),
     (["--lr=nan"], "--lr=nan: expected a finite number"),
     (["--eval_sequences=4"], "--eval_sequences=4: expected two numbers"),
     (["--preset=huge"], "--preset=huge: expected one of demo, small"),

@@ -86,8 +86,8 @@ def test_the_slope_is_that_of_the_loss(name):
         weights = jax.tree.map(lambda w: w.astype("float64"), weights)
         rng = np.random.default_rng(0)
         along = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape)), weights)
-        loss = functools.partial(method.l1_loss, model=model)
-        slope = jax.grad(loss)(weights, problem)
+        loss = jax.jit(functools.partial(method.l1_loss, model=model))
+        slope = jax.jit(jax.grad(loss))(weights, problem)
         moved = [
             float(loss(jax.tree.map(lambda w, d, h=h: w + h * d, weights, along), problem))
             for h in (1e-7, -1e-7)
