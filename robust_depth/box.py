@@ -26,7 +26,8 @@ class BoxMinimum(NamedTuple):
         loss, theta_D: the smallest one found, and where.
         bound, dual_M: the largest bound from below, and the u, |u| <= 1/M, that proves it.
         gap: loss - bound, without the cancellation of that difference.
-        steps, converged: steps made, and whether the gap is as small as was asked.
+        steps, converged: steps made, and whether the gap is as small as was asked, or as the
+            rounding of the loss lets it be: `gap` tells.
     """
 
     loss: jax.Array

@@ -12,7 +12,7 @@ def quick_compilation():
 
 @pytest.fixture
 def full_compilation():
-    """For tests of many thousand steps, by `pytest.mark.usefixtures`."""
+    """For tests at the edge of rounding, which differs, by `pytest.mark.usefixtures`."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
