@@ -43,6 +43,7 @@ def _work(
 ) -> tuple[dict[str, Any], program.Arrays]:
     from launch import robust_depth_sections as sections
 
+    say(f"{len(cfg.sections)} sections of size {cfg.size}; each is compiling first")
     arrays: dict[str, Any] = {}
     for number, name in enumerate(cfg.sections):
         section = sections.SECTIONS[name]

@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
-# These take minutes to days; their start shows that the command is right.
-LONG = ("--preset=paper", "memorise.flags")
+# These take minutes to days; their start shows that the command is right. The report is run whole
+# by tests/launch/test_robust_depth_report.py.
+LONG = ("--preset=paper", "memorise.flags", "robust_depth_report")
 
 
 def _commands() -> list[str]:
@@ -52,6 +53,7 @@ def test_readme_runs_in_order(tmp_path):
     assert (tmp_path / "model.safetensors").exists()
     assert (tmp_path / "shots.png").stat().st_size > 10_000
     assert (tmp_path / "runs/links/embeddings.npz").exists()
+    assert (tmp_path / "runs/depths/records.npz").exists()
     assert "resuming at step 40" in "".join(done.stderr for done in ran)
 
 
@@ -78,7 +80,7 @@ def test_long_commands_start(line, tmp_path):
             assert process.poll() is None, seen
             assert time.monotonic() - begun < 120, seen
             seen += process.stderr.readline()
-        assert "unseen tasks mod" in seen
+        assert ("unseen tasks mod" if "modgrok" in line else "sections of size") in seen
     finally:
         process.kill()
         process.communicate()
