@@ -374,6 +374,24 @@ SCALE_COLUMNS = {
 }
 
 
+def scaling_figure(rows: Sequence[dict[str, Any]]) -> Any:
+    """Time of a product and memory against edges, with a line of slope one."""
+    from matplotlib.figure import Figure
+
+    edges = np.array([row["edges"] for row in rows])
+    figure = Figure(figsize=(7.0, 3.6), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    each = np.array([1e3 * row["seconds"] / row["products"] for row in rows])
+    left.plot(edges, each, "o-", color="#0072B2", label="measured")
+    left.plot(edges, each[0] * edges / edges[0], ":", color="#666666", label="linear")
+    left.set(xscale="log", yscale="log", xlabel="edges", ylabel="milliseconds a product")
+    left.legend()
+    right.plot(edges, [row["peak_mib"] / 1024 for row in rows], "s-", color="#D55E00")
+    right.axhline(8, ls=":", color="#666666")
+    right.set(xscale="log", xlabel="edges", ylabel="peak memory (GiB)", ylim=(0, 8.5))
+    return figure
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--matrices", nargs="+", default=[], help="by default every one")
@@ -384,6 +402,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=("solvers", "scaling"), default=("solvers",))
     parser.add_argument("--edges", nargs="+", type=int, default=[10**i for i in range(4, 8)])
     parser.add_argument("--json", metavar="FILE", help="also write all numbers there")
+    parser.add_argument("--plot", metavar="FILE", help="draw the scaling there")
     parser.add_argument("--scale_one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.scale_one:
@@ -404,6 +423,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "scaling" in args.parts:
         scale = scaling(args.edges)
         print(timing.table(scale, SCALE_COLUMNS))
+        if args.plot:
+            scaling_figure(scale).savefig(args.plot)
     if args.json:
         timing.write_json(args.json, {"machine": machine, "solvers": rows, "scaling": scale})
 

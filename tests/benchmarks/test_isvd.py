@@ -79,3 +79,14 @@ def test_scaling_row():
     assert row["nodes"] == 1000
     assert row["seconds"] > 0
     assert row["peak_mib"] > 10
+
+
+def test_scaling_figure():
+    rows = [
+        {"edges": 10**i, "seconds": 0.02 * 10**i, "products": 10, "peak_mib": 512 * i}
+        for i in (1, 2)
+    ]
+    left, right = benchmark.scaling_figure(rows).axes
+    np.testing.assert_allclose(left.lines[0].get_ydata(), [20, 200])
+    np.testing.assert_allclose(left.lines[1].get_ydata(), [20, 200])
+    np.testing.assert_allclose(right.lines[0].get_ydata(), [0.5, 1])
