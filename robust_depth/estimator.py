@@ -52,8 +52,8 @@ class RobustDepthRegressor(RegressorMixin, BaseEstimator):
 
     Measured with the defaults, M = 60, D = 100, 3 coefficients of 1 or -1, outliers of N(0, 10^2)
     in a fraction p of y, 5 draws: relative errors of coef_ at p = .1 are 1.7 to 3.2 for depth 1,
-    .003 to .03 for 2, .01 to .04 for 3, .02 to .05 for 5; at p = .2 they are .05 to .7 for depth
-    2, .03 to .12 for 3, .02 to .07 for 4. The linear programme above: 1e-15.
+    .002 to .03 for 2, .01 to .03 for 3, .02 to .05 for 5; at p = .2 they are .07 to .9 for depth
+    2, .03 to .14 for 3, .02 to .07 for 4. The linear programme above: 1e-15.
 
     Args:
         depth: N, at least 1.
