@@ -194,7 +194,7 @@ def _draw(
 
 
 def cli(program: Program, cls: type, presets: flags.Presets, doc: str | None) -> NoReturn:
-    """The command line of a program; `main`, with a sentence and a status for Ctrl-C."""
+    """The command line of a program; `main`, with a sentence and a status for Ctrl-C and NaN."""
 
     def guarded(cfg: RunConfig) -> int:
         try:
@@ -203,6 +203,9 @@ def cli(program: Program, cls: type, presets: flags.Presets, doc: str | None) ->
             text = "stopped, without a result; the same command starts again"
             print(f"{program.name}: {text}", file=sys.stderr)
             return 130
+        except FloatingPointError as error:
+            print(f"{program.name}: {error}", file=sys.stderr)
+            return 1
 
     flags.run(guarded, cls, presets=presets, doc=doc)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from launch import UsageError, program, robust_depth_common
+from launch import program, robust_depth_common
 from launch.flags import field
 
 PROGRAM = "robust_depth_run"
@@ -71,7 +71,7 @@ def _work(
 
 
 def _check_diverged(cfg: DepthConfig, grid: Any, loss_TSR: np.ndarray) -> None:
-    """UsageError that names step and norm, found by running one of the trials again."""
+    """FloatingPointError that names step and norm, found by running one of the trials again."""
     bad = np.argwhere(~np.isfinite(loss_TSR))
     if not len(bad):
         return
@@ -88,7 +88,7 @@ def _check_diverged(cfg: DepthConfig, grid: Any, loss_TSR: np.ndarray) -> None:
         record_every=grid.record_every,
     )
     text = method.diverged(info_R, record_every=grid.record_every) or "the loss is not finite"
-    raise UsageError(f"--step_size={cfg.step_size:g}: at depth {setting.depth} {text}")
+    raise FloatingPointError(f"--step_size={cfg.step_size:g}: at depth {setting.depth} {text}")
 
 
 def _baselines(cfg: DepthConfig, grid: Any, say: Callable[..., None]) -> dict[str, np.ndarray]:
