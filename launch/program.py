@@ -200,7 +200,7 @@ def cli(program: Program, cls: type, presets: flags.Presets, doc: str | None) ->
         try:
             return main(program, cfg)
         except KeyboardInterrupt:
-            text = "stopped, without a result; the same command starts again"
+            text = "stopped, without a result; the same command takes it up again"
             print(f"{program.name}: {text}", file=sys.stderr)
             return 130
         except FloatingPointError as error:
