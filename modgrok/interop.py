@@ -69,7 +69,13 @@ def from_state_dict(
 
 
 def to_state_dict(params: Params, cfg: Config) -> dict[str, np.ndarray]:
-    """The reference's entries, float32, in the order of its own files: 4 + 9 L of them."""
+    """The reference's entries, float32, in the order of its own files: 4 + 9 L of them.
+
+    Raises:
+        ValueError: if `params` are not of `cfg`, or it is post-norm, which the reference is not.
+    """
+    if cfg.norm != "pre":
+        raise ValueError(f"norm={cfg.norm!r}: the reference's models have norm='pre'")
     blocks = flatten_dict(params["blocks"], sep="/")
     arrays = {"transformer.wte.weight": params["embedding"]}
     for layer in range(cfg.layers):

@@ -36,6 +36,7 @@ class Config:
         vocab: V, token ids (p residues, and p + 18 in the paper's code).
         width: D.   heads: H, which divides D; D / H is even.   layers: L.
         mlp_ratio: F / D.
+        norm: "pre" normalises what a branch reads (the paper), "post" the sum of stream and branch.
         dtype: type of matrix products; "bfloat16" leaves parameters, the residual stream,
             layer norms, softmax and loss in float32.
         remat: recompute each block in the backward pass instead of keeping its intermediates.
@@ -46,6 +47,7 @@ class Config:
     heads: int = 4
     layers: int = 2
     mlp_ratio: int = 4
+    norm: Literal["pre", "post"] = "pre"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
@@ -60,6 +62,8 @@ class Config:
                 f"width={self.width} over heads={self.heads} gives heads of {self.head_size} "
                 "channels, which rotary positions need to be even"
             )
+        if self.norm not in ("pre", "post"):
+            raise ValueError(f"norm={self.norm!r} is not one of 'pre', 'post'")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r} is not one of 'float32', 'bfloat16'")
 
@@ -83,6 +87,32 @@ class Activations(NamedTuple):
     head_LBTHK: jax.Array  # head outputs before the output matrix
     hidden_LBTF: jax.Array  # MLP neurons after the ReLU
     residual_LBTD: jax.Array  # residual stream after each block
+
+
+Replacement = tuple[jax.Array, jax.Array]  # (mask, value): value where the mask is true
+
+
+class Patch(NamedTuple):
+    """Activations to replace in a forward pass, for interventions.
+
+    Each entry is (mask, value), both broadcast against the activation without its layer axis, which
+    they have in full: to silence head 2 of layer 0, a mask of shape (L, 1, 1, H, 1) that is true
+    at [0, 0, 0, 2, 0], and zeros of that shape. Vary the mask by vmap to treat every head at once.
+    """
+
+    head: Replacement | None = None  # of head_LBTHK
+    hidden: Replacement | None = None  # of hidden_LBTF
+    residual: Replacement | None = None  # of residual_LBTD
+
+
+NO_PATCH = Patch()
+
+
+def _replace(replacement: Replacement | None, x: jax.Array) -> jax.Array:
+    if replacement is None:
+        return x
+    mask, value = replacement
+    return jnp.where(mask, value.astype(x.dtype), x)
 
 
 def _dense(x_BTX: jax.Array, weight: jax.Array, ndim_in: int = 1) -> jax.Array:
@@ -134,7 +164,9 @@ def _rotate(x_BHT2K: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Arr
 
 
 class Block(nn.Module):
-    """h + attention(LN(h)), then + MLP(LN(h)); scores, softmax and sums in float32.
+    """h + z attention(LN(h)), then + z MLP(LN(h)); scores, softmax and sums in float32.
+
+    The gate z is 1 if there is none. With norm="post": LN(h + attention(h)), LN(h + MLP(h)).
 
     Rotary positions turn the interleaved pairs (2i, 2i + 1). The pairs are split on the weights,
     which are small, and not on the activations: queries and keys permuted alike have the same
@@ -150,10 +182,13 @@ class Block(nn.Module):
         *,
         answers_only: bool = False,
         embedded: tuple[jax.Array, jax.Array] | None = None,
+        gate: jax.Array | None = None,
+        patch: Patch = NO_PATCH,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         """Returns h (at all positions, or at the answers 1, 4, 7, ...) and the intermediates.
 
         `embedded` is (embedding_VD, tokens_BT) when h_BTD is its plain lookup (the first block).
+        `gate` is z, one number or one for each row of the batch; `patch` is this layer's.
         """
         cfg, (length, width) = self.cfg, h_BTD.shape[1:]
         dtype, (heads, size) = jnp.dtype(cfg.dtype), (cfg.heads, cfg.head_size)
@@ -166,13 +201,21 @@ class Block(nn.Module):
             "proj", _normal(0.02 / (2 * cfg.layers) ** 0.5), (cfg.mlp_ratio * width, width)
         ).astype(dtype)
         at_answers = (lambda x_BTX: x_BTX[:, 1::3]) if answers_only else (lambda x_BTX: x_BTX)
+        pre_norm = cfg.norm == "pre"
+
+        def add(h_BTD, branch_BTD, norm):
+            branch_BTD = branch_BTD.astype(jnp.float32)
+            if gate is not None:
+                branch_BTD = gate[..., None, None] * branch_BTD
+            h_BTD = h_BTD + branch_BTD
+            return h_BTD if pre_norm else norm(h_BTD)
 
         split_D2HK = qkv_D3HK[:, :2].reshape(width, 2, heads, size // 2, 2)
         q_weight, k_weight = jnp.unstack(split_D2HK.swapaxes(-1, -2), axis=1)
         v_weight = qkv_D3HK[:, 2]
         # LN and projections act on each row alone: on V rows if the tokens are still just ids.
         rows_XD = embedded[0] if embedded else h_BTD
-        u_XD = norm_1(rows_XD).astype(dtype)
+        u_XD = (norm_1(rows_XD) if pre_norm else rows_XD).astype(dtype)
         if embedded:
             u_query, to_rows = u_XD, functools.partial(lookup, tokens_BT=embedded[1])
         else:
@@ -192,10 +235,11 @@ class Block(nn.Module):
         attention_BHTT, head_BHTK = _attend(
             q_BHTK.astype(dtype), k_BHTK.astype(dtype), jnp.moveaxis(v_BT, 2, 1), query_T
         )
-        head_BTHK = jnp.moveaxis(head_BHTK, 1, 2)
-        h_BTD = at_answers(h_BTD) + _dense(head_BTHK, out_HKD, 2).astype(jnp.float32)
-        hidden_BTF = nn.relu(_dense(norm_2(h_BTD).astype(dtype), fc_DF))
-        h_BTD = h_BTD + _dense(hidden_BTF, proj_FD).astype(jnp.float32)
+        head_BTHK = _replace(patch.head, jnp.moveaxis(head_BHTK, 1, 2))
+        h_BTD = add(at_answers(h_BTD), _dense(head_BTHK, out_HKD, 2), norm_1)
+        u_BTD = (norm_2(h_BTD) if pre_norm else h_BTD).astype(dtype)
+        hidden_BTF = _replace(patch.hidden, nn.relu(_dense(u_BTD, fc_DF)))
+        h_BTD = _replace(patch.residual, add(h_BTD, _dense(hidden_BTF, proj_FD), norm_2))
         return h_BTD, (attention_BHTT, head_BTHK, hidden_BTF)
 
 
@@ -254,6 +298,8 @@ class Transformer(nn.Module):
         *,
         positions: Literal["answers", "all"] = "answers",
         capture: bool = False,
+        gate: jax.Array | None = None,
+        patch: Patch = NO_PATCH,
     ) -> Any:
         """Logits at the answer positions, (B, S, V), or at all positions read, (B, 3 S - 1, V).
 
@@ -262,6 +308,9 @@ class Transformer(nn.Module):
                 token is not read: nothing follows it.
             positions: which positions get logits. "answers" are the y tokens, 1, 4, 7, ...
             capture: also return `Activations`; needs positions="all".
+            gate: z, float32, (L,) or (L, B): how much of each block is added (see
+                `modgrok.latent_depth`). At 0 a block is the identity; needs norm="pre".
+            patch: activations to replace; needs positions="all".
         Raises:
             ValueError: if T is not a positive multiple of 3, or an option is unknown.
         """
@@ -270,13 +319,23 @@ class Transformer(nn.Module):
             raise ValueError(f"tokens_BT has {length} tokens a row, not a multiple of 3")
         if positions not in ("answers", "all"):
             raise ValueError(f"positions={positions!r} is not one of 'answers', 'all'")
-        if capture and positions != "all":
-            raise ValueError(f"capture=True needs positions='all', got {positions!r}")
+        patched = any(x is not None for x in patch)
+        if (capture or patched) and positions != "all":
+            raise ValueError(f"capture and patch need positions='all', got {positions!r}")
+        if gate is not None:
+            if cfg.norm != "pre":
+                raise ValueError(f"gates need norm='pre', got {cfg.norm!r}")
+            rows = tokens_BT.shape[:1]
+            if gate.shape not in ((cfg.layers,), (cfg.layers, *rows)):
+                raise ValueError(
+                    f"gate has shape {gate.shape}, wanted ({cfg.layers},) or {(cfg.layers, *rows)}"
+                )
         tokens_BT = tokens_BT[:, :-1]
         embedding_VD = self.param("embedding", _normal(0.02), (cfg.vocab, cfg.width))
         block = Block(cfg, parent=None)
         stacked = self.param("blocks", functools.partial(_init_blocks, block))
 
+        stacked = (stacked, gate, patch)
         run = jax.checkpoint(_run_block, static_argnums=(0, 4)) if cfg.remat else _run_block
         answers_only = positions == "answers"
         h_BTD = start_BTD = lookup(embedding_VD, tokens_BT)
@@ -298,18 +357,29 @@ class Transformer(nn.Module):
                 unroll = last - first <= _UNROLLED
                 h_BTD, seen = jax.lax.scan(body, h_BTD, part, unroll=unroll)
             captured.append(seen)
-        h_BTD = _layer_norm("ln_f")(h_BTD)
-        dtype = jnp.dtype(cfg.dtype)
-        logits = jnp.einsum(
-            "btd,vd->btv",
-            h_BTD.astype(dtype),
-            embedding_VD.astype(dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits = _unembed(_layer_norm("ln_f")(h_BTD), embedding_VD, jnp.dtype(cfg.dtype))
         if not capture:
             return logits
         layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *captured)
         return logits, Activations(start_BTD, *layers)
+
+
+def _unembed(h_XD: jax.Array, embedding_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.einsum(
+        "...d,vd->...v",
+        h_XD.astype(dtype),
+        embedding_VD.astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def unembed(params: Params, residual_XD: jax.Array, cfg: Config) -> jax.Array:
+    """Logits that the final layer norm and the embedding make of any residual stream (logit lens).
+
+    Of the stream after the last block these are the model's own.
+    """
+    h_XD = _layer_norm().apply({"params": params["ln_f"]}, residual_XD)
+    return _unembed(h_XD, params["embedding"], jnp.dtype(cfg.dtype))
 
 
 def _segments(layers: int) -> list[tuple[int, int]]:
@@ -319,8 +389,16 @@ def _segments(layers: int) -> list[tuple[int, int]]:
     return [(0, 1), (1, layers - 1), (layers - 1, layers)]
 
 
-def _run_block(block, weights, h_BTD, embedded, answers_only):
-    return block.apply({"params": weights}, h_BTD, embedded=embedded, answers_only=answers_only)
+def _run_block(block, layer, h_BTD, embedded, answers_only):
+    weights, gate, patch = layer
+    return block.apply(
+        {"params": weights},
+        h_BTD,
+        embedded=embedded,
+        answers_only=answers_only,
+        gate=gate,
+        patch=patch,
+    )
 
 
 def _init_blocks(block: Block, key: jax.Array) -> Params:

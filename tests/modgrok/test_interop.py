@@ -1,5 +1,6 @@
 """State dicts of the reference: the same function, the same entries, and clear refusals."""
 
+import dataclasses
 import pathlib
 import sys
 
@@ -209,7 +210,9 @@ def test_a_state_dict_without_blocks_is_refused(arrays):
 
 
 def test_export_with_another_config_is_refused(arrays):
-    _, params = interop.from_state_dict(arrays)
+    cfg, params = interop.from_state_dict(arrays)
+    with pytest.raises(ValueError, match="norm='post': the reference's models have norm='pre'"):
+        interop.to_state_dict(params, dataclasses.replace(cfg, norm="post"))
     for change in ({"heads": 2}, {"layers": 1}):
         with pytest.raises(ValueError, match=r"blocks/\S+ has shape \(2, .* for Config"):
             interop.to_state_dict(params, Config(**{**SIZES, **change}))

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from asserts import assert_trees_close
 
-from modgrok.model import Config, Transformer, apply, init_params, lookup
+from modgrok.model import Config, Patch, Transformer, apply, init_params, lookup, unembed
 from tests.modgrok import reference_forward
 
 CFG = Config(vocab=12, width=16, heads=2, layers=2)
+POST = dataclasses.replace(CFG, norm="post")
 TOKENS_BT = np.random.default_rng(0).integers(0, 12, (2, 12)).astype(np.int32)
 COMPILE_QUICKLY = {"xla_backend_optimization_level": 0}
 
@@ -134,9 +135,12 @@ def test_last_token_is_not_read():
     assert (logits_of(params, changed_BT, cfg=CFG)[:, -1] != before[:, -1]).any()
 
 
-@pytest.mark.parametrize(("layers", "length"), [(4, 12), (7, 6), (2, 69)])
-def test_captured_activations_rebuild_the_network(layers, length):
-    cfg = dataclasses.replace(CFG, layers=layers)
+@pytest.mark.parametrize(
+    ("layers", "length", "norm_at"),
+    [(4, 12, "pre"), (7, 6, "pre"), (2, 69, "pre"), (3, 12, "post")],
+)
+def test_captured_activations_rebuild_the_network(layers, length, norm_at):
+    cfg = dataclasses.replace(CFG, layers=layers, norm=norm_at)
     params = random_params(cfg)
     tokens_BT = np.random.default_rng(0).integers(0, 12, (2, length)).astype(np.int32)
     logits_BTV, seen = logits_of(params, tokens_BT, cfg=cfg, positions="all", capture=True)
@@ -146,6 +150,12 @@ def test_captured_activations_rebuild_the_network(layers, length):
     def norm(name, tree, h_BTD):
         return reference_forward.layer_norm(h_BTD, tree[name]["scale"], tree[name]["bias"])
 
+    def pre(name, tree, h_BTD):
+        return norm(name, tree, h_BTD) if norm_at == "pre" else h_BTD
+
+    def post(name, tree, h_BTD):
+        return norm(name, tree, h_BTD) if norm_at == "post" else h_BTD
+
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(seen.attention_LBHTT.sum(-1), 1, atol=1e-6)
     assert (seen.attention_LBHTT == np.tril(seen.attention_LBHTT)).all()
@@ -154,18 +164,79 @@ def test_captured_activations_rebuild_the_network(layers, length):
     np.testing.assert_array_equal(seen.embedding_BTD, h_BTD)
     for layer in range(cfg.layers):
         block = jax.tree.map(lambda w: w[layer], blocks)  # noqa: B023
-        v_BTHK = np.einsum("btd,dhk->bthk", norm("ln_1", block, h_BTD), block["qkv"][:, 2])
+        v_BTHK = np.einsum("btd,dhk->bthk", pre("ln_1", block, h_BTD), block["qkv"][:, 2])
         head_BTHK = np.einsum("bhts,bshk->bthk", seen.attention_LBHTT[layer], v_BTHK)
         close(seen.head_LBTHK[layer], head_BTHK)
         h_BTD = h_BTD + np.einsum("bthk,hkd->btd", head_BTHK, block["out"])
-        hidden_BTF = np.maximum(norm("ln_2", block, h_BTD) @ block["fc"], 0)
+        h_BTD = post("ln_1", block, h_BTD)
+        hidden_BTF = np.maximum(pre("ln_2", block, h_BTD) @ block["fc"], 0)
         close(seen.hidden_LBTF[layer], hidden_BTF)
-        h_BTD = h_BTD + hidden_BTF @ block["proj"]
+        h_BTD = post("ln_2", block, h_BTD + hidden_BTF @ block["proj"])
         close(seen.residual_LBTD[layer], h_BTD)
         h_BTD = seen.residual_LBTD[layer]
     close(logits_BTV, norm("ln_f", params, h_BTD) @ params["embedding"].T)
     plain_BTV = logits_of(params, tokens_BT, cfg=cfg, positions="all")
     np.testing.assert_allclose(logits_BTV, plain_BTV, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["answers", "all"])
+def test_gates_scale_what_a_block_adds(positions):
+    """1 changes nothing, 0 makes a block the identity; each row may have its own."""
+    cfg = dataclasses.replace(CFG, layers=4)
+    params = random_params(cfg)
+    gated = functools.partial(logits_of, tokens_BT=TOKENS_BT, positions=positions)
+    plain = gated(params, cfg=cfg)
+    np.testing.assert_allclose(gated(params, cfg=cfg, gate=jnp.ones(4)), plain, rtol=1e-6)
+
+    fewer = dataclasses.replace(cfg, layers=2)
+    kept = {**params, "blocks": jax.tree.map(lambda w: w[jnp.array([0, 2])], params["blocks"])}
+    on_L = jnp.array([1.0, 0.0, 1.0, 0.0])
+    alone = gated(kept, cfg=fewer)
+    np.testing.assert_allclose(gated(params, cfg=cfg, gate=on_L), alone, rtol=1e-5, atol=1e-6)
+    assert np.abs(plain - alone).max() > 0.1
+
+    on_LB = jnp.stack([on_L, jnp.ones(4)], axis=1)
+    rows = gated(params, cfg=cfg, gate=on_LB)
+    np.testing.assert_allclose(rows, [alone[0], plain[1]], rtol=1e-5, atol=1e-6)
+
+
+def test_a_gate_scales_both_branches():
+    cfg = dataclasses.replace(CFG, layers=1)
+    params = random_params(cfg)
+    options = {"cfg": cfg, "positions": "all", "capture": True, "gate": jnp.array([0.3])}
+    _, seen = logits_of(params, TOKENS_BT, **options)
+    block = jax.tree.map(lambda w: w[0], params["blocks"])
+    h_BTD = seen.embedding_BTD + 0.3 * np.einsum("bthk,hkd->btd", seen.head_LBTHK[0], block["out"])
+    h_BTD += 0.3 * seen.hidden_LBTF[0] @ block["proj"]
+    np.testing.assert_allclose(seen.residual_LBTD[0], h_BTD, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["head", "hidden", "residual"])
+def test_patched_activations_are_those_given(name):
+    """A layer whose activations come from other tokens passes those on; earlier ones do not change."""
+    cfg = dataclasses.replace(CFG, layers=3)
+    params = random_params(cfg)
+    options = {"cfg": cfg, "positions": "all", "capture": True}
+    other_BT = np.random.default_rng(9).integers(0, 12, TOKENS_BT.shape).astype(np.int32)
+    logits, seen = logits_of(params, TOKENS_BT, **options)
+    other_logits, other = logits_of(params, other_BT, **options)
+    field = {"head": "head_LBTHK", "hidden": "hidden_LBTF", "residual": "residual_LBTD"}[name]
+    value = getattr(other, field)
+    mask = jnp.zeros((3, *[1] * (value.ndim - 1)), bool).at[1].set(True)
+    patch = Patch(**{name: (mask, value)})
+    patched_logits, patched = logits_of(params, TOKENS_BT, patch=patch, **options)
+    np.testing.assert_array_equal(getattr(patched, field)[1], value[1])
+    np.testing.assert_allclose(patched.residual_LBTD[0], seen.residual_LBTD[0], rtol=1e-5)
+    assert np.abs(patched_logits - logits).max() > 0.01
+    if name == "residual":
+        np.testing.assert_allclose(patched_logits, other_logits, rtol=1e-4, atol=1e-5)
+
+
+def test_logit_lens_of_the_last_block_is_the_model():
+    params = random_params(CFG)
+    logits, seen = logits_of(params, TOKENS_BT, cfg=CFG, positions="all", capture=True)
+    np.testing.assert_allclose(unembed(params, seen.residual_LBTD[-1], CFG), logits, rtol=1e-5)
+    assert unembed(params, seen.residual_LBTD, CFG).shape == (2, *logits.shape)
 
 
 def test_bfloat16_rounds_products_only():
@@ -283,6 +354,7 @@ def test_equal_configs_are_one_program():
         ({"mlp_ratio": 0}, "mlp_ratio=0 must be at least 1"),
         ({"width": 10, "heads": 4}, "width=10 is not a multiple of heads=4"),
         ({"width": 12, "heads": 4}, "width=12 over heads=4 gives heads of 3 channels.*even"),
+        ({"norm": "both"}, "norm='both' is not one of 'pre', 'post'"),
         ({"dtype": "float16"}, "dtype='float16' is not one of 'float32', 'bfloat16'"),
     ],
 )
@@ -297,14 +369,18 @@ def test_impossible_settings(settings, message):
         (11, {}, "tokens_BT has 11 tokens a row, not a multiple of 3"),
         (0, {}, "tokens_BT has 0 tokens a row"),
         (12, {"positions": "last"}, "positions='last' is not one of 'answers', 'all'"),
-        (12, {"capture": True}, "capture=True needs positions='all', got 'answers'"),
+        (12, {"capture": True}, "capture and patch need positions='all', got 'answers'"),
+        (12, {"patch": Patch(head=(True, np.zeros(2)))}, "capture and patch need positions='all'"),
+        (12, {"gate": np.ones(3)}, r"gate has shape \(3,\), wanted \(2,\) or \(2, 2\)"),
+        (12, {"gate": np.ones(2), "cfg": POST}, "gates need norm='pre', got 'post'"),
     ],
 )
 def test_impossible_requests(length, options, message):
-    params = jax.eval_shape(lambda key: init_params(key, CFG), jax.random.key(0))
+    options = {"cfg": CFG, **options}
+    params = jax.eval_shape(lambda key: init_params(key, options["cfg"]), jax.random.key(0))
     tokens_BT = jax.ShapeDtypeStruct((2, length), jnp.int32)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(functools.partial(apply, cfg=CFG, **options), params, tokens_BT)
+        jax.eval_shape(functools.partial(apply, **options), params, tokens_BT)
 
 
 def test_apply_is_the_module():
