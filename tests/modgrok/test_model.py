@@ -213,7 +213,7 @@ def test_a_gate_scales_both_branches():
 
 @pytest.mark.parametrize("name", ["head", "hidden", "residual"])
 def test_patched_activations_are_those_given(name):
-    """A layer whose activations come from other tokens passes those on; earlier ones do not change."""
+    """A layer whose activations come from other tokens passes those on; earlier ones stay."""
     cfg = dataclasses.replace(CFG, layers=3)
     params = random_params(cfg)
     options = {"cfg": cfg, "positions": "all", "capture": True}
