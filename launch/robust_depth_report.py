@@ -34,6 +34,12 @@ class ReportConfig(program.RunConfig):
             )
 
 
+def _sections() -> dict[str, Any]:
+    from launch import robust_depth_beyond, robust_depth_diagonal
+
+    return robust_depth_diagonal.SECTIONS | robust_depth_beyond.SECTIONS
+
+
 def _prepare(cfg: ReportConfig, say: Callable[..., None]) -> None:
     return None
 
@@ -41,19 +47,20 @@ def _prepare(cfg: ReportConfig, say: Callable[..., None]) -> None:
 def _work(
     cfg: ReportConfig, _: None, folder: rundir.RunDir, say: Callable[..., None]
 ) -> tuple[dict[str, Any], program.Arrays]:
-    from launch import robust_depth_sections as sections
+    from launch.robust_depth_sections import SIZES
 
+    sections = _sections()
     say(f"{len(cfg.sections)} sections of size {cfg.size}; each is compiling first")
     arrays: dict[str, Any] = {}
     for number, name in enumerate(cfg.sections):
-        section = sections.SECTIONS[name]
+        section = sections[name]
         kept = _kept(folder, name)
         say(f"{name} ({number + 1}/{len(cfg.sections)}): {section.title}" + "; kept" * bool(kept))
         # The key goes by name: a section is the same in any selection.
         key = program.key_for(cfg, NAMES.index(name))
-        arrays[name] = kept or dict(section.run(sections.SIZES[cfg.size], key))
+        arrays[name] = kept or dict(section.run(SIZES[cfg.size], key))
         folder.save_arrays(name, **arrays[name])
-    readings = {name: sections.SECTIONS[name].read(arrays[name]) for name in cfg.sections}
+    readings = {name: sections[name].read(arrays[name]) for name in cfg.sections}
     folder.save_text("report.md", _page(cfg, readings))
     for name, reading in readings.items():
         say(f"{name} {reading.verdict}: {reading.found}")
@@ -71,21 +78,22 @@ def _kept(folder: rundir.RunDir, name: str) -> dict[str, np.ndarray] | None:
 
 
 def _page(cfg: ReportConfig, readings: dict[str, Any]) -> str:
-    from launch import robust_depth_sections as sections
+    from launch.robust_depth_sections import table
 
+    sections = _sections()
     parts = [
         "# Depth and robustness: what was found",
         f"`python -m launch.robust_depth_report --size={cfg.size} --seed={cfg.seed}`. The claims: "
         'Ma & Fattahi, "Blessing of Depth in Linear Regression" (NeurIPS 2022, arXiv '
         "2207.07612). Cells are medians with quartiles unless a text says otherwise; p is the "
         "fraction of corrupted rows, N the depth.",
-        sections.table(
+        table(
             ["", "claim", "verdict"],
-            [[name, sections.SECTIONS[name].claim, r.verdict] for name, r in readings.items()],
+            [[name, sections[name].claim, r.verdict] for name, r in readings.items()],
         ),
     ]
     for name, reading in readings.items():
-        section = sections.SECTIONS[name]
+        section = sections[name]
         parts += [
             f"## {name}. {section.title}",
             f"Claim: {section.claim}",
@@ -98,9 +106,8 @@ def _page(cfg: ReportConfig, readings: dict[str, Any]) -> str:
 
 
 def _draw(arrays: program.Arrays) -> dict[str, Any]:
-    from launch import robust_depth_sections as sections
-
-    drawers = {name: sections.SECTIONS[name].draw for name in arrays}
+    sections = _sections()
+    drawers = {name: sections[name].draw for name in arrays}
     return {name: draw(arrays[name]) for name, draw in drawers.items() if draw is not None}
 
 

@@ -1,17 +1,19 @@
 """The report: its sections on small sizes, its page, and that a killed one goes on."""
 
 import functools
+import itertools
 
 import numpy as np
 import programs
 import pytest
 from programs import fixture_for, summary
 
-from launch import robust_depth_report
+from launch import robust_depth_beyond, robust_depth_diagonal, robust_depth_report
 from launch import robust_depth_sections as sections
 
 assert_refused = functools.partial(programs.assert_refused, program="robust_depth_report")
 program = fixture_for(robust_depth_report)
+SECTIONS = robust_depth_diagonal.SECTIONS | robust_depth_beyond.SECTIONS
 TINY = sections.Size(trials=2, settings=1, radii=3)
 
 
@@ -19,7 +21,7 @@ TINY = sections.Size(trials=2, settings=1, radii=3)
 def tiny(monkeypatch):
     monkeypatch.setitem(sections.SIZES, "quick", TINY)
     monkeypatch.setattr(sections, "SETTINGS", ((16, 14, 1, 400), (16, 14, 1, 400)))
-    monkeypatch.setattr(sections, "STAY_STEPS", 800)
+    monkeypatch.setattr(robust_depth_diagonal, "STAY_STEPS", 800)
     monkeypatch.setattr(sections, "DEPTHS", (1, 3))
 
 
@@ -30,7 +32,7 @@ def test_a_page_with_tables_figures_and_verdicts(program, tiny, tmp_path):
     assert set(said["verdicts"]) == set(said["numbers"]) == {"b1", "d3"}
     page = (tmp_path / "run" / "report.md").read_text()
     for name in ("b1", "d3"):
-        section = sections.SECTIONS[name]
+        section = SECTIONS[name]
         assert f"## {name}. {section.title}" in page
         assert f"| {name} | {section.claim} | {said['verdicts'][name]} |" in page
         assert f"{name} {said['verdicts'][name]}: " in answer[2]
@@ -53,13 +55,17 @@ def test_a_killed_report_goes_on(program, tiny, tmp_path, monkeypatch):
         read = lambda a: sections.Reading("| a |", f"{len(a['x'])} numbers.", "agrees", {})  # noqa: E731
         return sections.Section(name, "A claim.", run, read)
 
+    def patch(name, section):
+        module = robust_depth_diagonal if name.startswith("b") else robust_depth_beyond
+        monkeypatch.setitem(module.SECTIONS, name, section)
+
     for name in ("b1", "b2", "d1"):
-        monkeypatch.setitem(sections.SECTIONS, name, fake(name, stop=name == "d1"))
+        patch(name, fake(name, stop=name == "d1"))
     flags = ("--sections=b1,b2,d1", f"--workdir={tmp_path}/run", "--nofigures")
     assert program(*flags)[0] == 130
     assert calls == ["b1", "b2"]
     (tmp_path / "run" / "b2.npz").write_bytes(b"half")
-    monkeypatch.setitem(sections.SECTIONS, "d1", fake("d1"))
+    patch("d1", fake("d1"))
     answer = program(*flags)
     assert summary(answer)["verdicts"] == dict.fromkeys(("b1", "b2", "d1"), "agrees")
     assert calls == ["b1", "b2", "b2", "d1"]
@@ -70,7 +76,7 @@ def test_a_killed_report_goes_on(program, tiny, tmp_path, monkeypatch):
 
 
 def reading(name, arrays):
-    return sections.SECTIONS[name].read({k: np.asarray(v) for k, v in arrays.items()})
+    return SECTIONS[name].read({k: np.asarray(v) for k, v in arrays.items()})
 
 
 def test_verdicts_follow_the_numbers():
@@ -80,6 +86,16 @@ def test_verdicts_follow_the_numbers():
     entry |= {f"measured_{n}": [90.0, 100 * r, 1e9] for n, r in ratios.items()}
     assert reading("b3", entry).verdict == "agrees"
     assert reading("b3", entry | {"measured_4": [130.0] * 3}).verdict == "disagrees"
+
+    stay = {
+        "step": np.arange(2, dtype=np.int32),
+        "depth": [1, 2, 3, 4] * 2,
+        "fraction": [0.1] * 4 + [0.3] * 4,
+    }
+    shorter = np.array([[[9, 5], [9, 4], [9, 2], [9, 0.01]] * 2], np.float32)
+    assert reading("b2", stay | {"error": shorter}).verdict == "agrees"
+    shorter[0, 6] = 6
+    assert reading("b2", stay | {"error": shorter}).verdict == "mixed"
 
     last = {1: 5.0, 2: 4.0, 3: 0.01, 4: 0.02}
     matrix = {f"error_{n}": [[0.5, e]] for n, e in last.items()}
@@ -100,12 +116,13 @@ def test_verdicts_follow_the_numbers():
     flat = {"radius": radius}
     for n in sections.DEPTHS:
         flat |= {f"drop_balanced_{n}": [radius**n], f"drop_unbalanced_{n}": [radius]}
-        flat |= {f"gap_{name}_{n}": [1e-9 * radius] for name in sections.SOLUTIONS}
+        flat |= {f"gap_{name}_{n}": [1e-9 * radius] for name in robust_depth_diagonal.SOLUTIONS}
     assert reading("b4", flat).verdict == "agrees"
     assert reading("b4", flat | {"drop_balanced_3": [radius**2]}).verdict == "mixed"
 
-    fall = {f"drop_{name}_{n}": [1e-3, 0] for name in sections.SOLUTIONS for n in sections.DEPTHS}
-    fall |= {f"loss_{name}_{n}": [1, 1] for name in sections.SOLUTIONS for n in sections.DEPTHS}
+    solutions = list(itertools.product(robust_depth_diagonal.SOLUTIONS, sections.DEPTHS))
+    fall = {f"drop_{name}_{n}": [1e-3, 0] for name, n in solutions}
+    fall |= {f"loss_{name}_{n}": [1, 1] for name, n in solutions}
     assert reading("b5", fall).numbers == {"smallest_share": 0.5}
     assert reading("b5", fall | {"drop_unbalanced_2": [0.0, 0.0]}).verdict == "disagrees"
 
