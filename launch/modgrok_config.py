@@ -5,7 +5,9 @@ Importing this needs no jax, so that --help and a wrong flag answer at once.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from launch import UsageError
@@ -42,6 +44,7 @@ class TrainConfig:
     heads: int = field(4, "attention heads", min=1)
     layers: int = field(2, "blocks", min=1)
     mlp_ratio: int = field(4, "MLP neurons over width", min=1)
+    norm: Literal["pre", "post"] = field("pre", "layer norms before a block's branches, or after")
     dtype: Literal["float32", "bfloat16"] = field("float32", "type of matrix products")
     remat: bool = field(False, "recompute blocks in the backward pass to save memory")
 
@@ -59,6 +62,42 @@ class TrainConfig:
     )
     ema: float = field(
         0.99, "decay of averaged weights, which are then evaluated; 0: none", min=0, max=0.99999
+    )
+
+    latent_depth: bool = field(
+        False, "learn which blocks to keep: a gate on each", group="Latent depth"
+    )
+    target_depth: float | None = field(
+        None, "drive the expected depth here; none: leave it to the prior", unit="blocks", min=0
+    )
+    task_groups: str = field(
+        "none",
+        "gates for each group of tasks: none (one group), ratio (of b/a), rectangle, random, or a "
+        "JSON file, a list of groups, each a list of tasks [a, b]",
+    )
+    gate_groups: int = field(4, "number of random groups, equal in size", min=1)
+    gate_prior: Literal["uniform", "aggregated", "beta"] = field(
+        "uniform", "of a gate: 1/2, the mean over groups, or a Beta density"
+    )
+    gate_beta: tuple[float, ...] = field((1.0, 2.0), "the two numbers of that density", min=1)
+    gate_kl_weight: float = field(0.01, "of the mean divergence from the prior", min=0)
+    gate_depth_weight: float = field(0.1, "of (depth - target_depth)^2 / layers", min=0)
+    gate_share_weight: float = field(0.0, "of the term that makes groups agree", min=0)
+    gate_entropy_weight: float = field(0.2, "of the mean of q (1 - q)", min=0)
+    gate_soft_steps: int | None = field(
+        None, "soft samples first; none: a tenth of --schedule_steps", unit="steps", min=0
+    )
+    gate_anneal_steps: int | None = field(
+        None,
+        "rise of the divergence's weight, then of the others'; none: a fifth of --schedule_steps",
+        unit="steps",
+        min=0,
+    )
+    gate_tau: float = field(5.0, "temperature of the samples", min=1e-3)
+    gate_init: float = field(2.0, "first logit of every gate")
+    gate_lr: float = field(0.02, "Adam's rate of the logits, constant, without decay", min=0)
+    gate_loop: Literal["joint", "groups"] = field(
+        "joint", "groups in one pass, or one after another"
     )
 
     eval_every: int = field(100, "test the four sets", unit="steps", min=1, group="Evaluation")
@@ -94,6 +133,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.schedule_steps is None:
             object.__setattr__(self, "schedule_steps", self.steps)
+        for name, part in (("gate_soft_steps", 10), ("gate_anneal_steps", 5)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.schedule_steps // part)
 
     def validate(self) -> None:
         """Everything that can be known without jax; raises ValueError naming the flag."""
@@ -146,10 +188,38 @@ class TrainConfig:
                 f"--warmup_steps={self.warmup_steps}: expected less than "
                 f"--schedule_steps={self.schedule_steps}"
             )
+        if self.latent_depth:
+            self._validate_gates()
+        elif self.target_depth is not None or self.task_groups != "none":
+            raise ValueError(
+                f"--target_depth={self.target_depth} --task_groups={self.task_groups}: expected "
+                "--latent_depth with them"
+            )
         if len(self.eval_sequences) != 2:
             raise ValueError(
                 f"--eval_sequences={','.join(map(str, self.eval_sequences))}: expected two "
                 "numbers, for seen and for unseen tasks"
+            )
+
+    def _validate_gates(self) -> None:
+        if self.norm != "pre":
+            raise ValueError(f"--norm={self.norm}: expected pre with --latent_depth")
+        if self.target_depth is not None and not 0 < self.target_depth <= self.layers:
+            raise ValueError(
+                f"--target_depth={self.target_depth:g}: expected above 0 and at most "
+                f"--layers={self.layers}"
+            )
+        if self.task_groups == "rectangle" and self.task_rule != "rectangular":
+            raise ValueError("--task_groups=rectangle: expected --task_rule=rectangular with it")
+        if self.task_groups == "random" and self.num_tasks % self.gate_groups:
+            raise ValueError(
+                f"--gate_groups={self.gate_groups}: expected a divisor of "
+                f"--num_tasks={self.num_tasks}, so that groups are equal"
+            )
+        if len(self.gate_beta) != 2 or sum(self.gate_beta) <= 2:
+            raise ValueError(
+                f"--gate_beta={','.join(f'{x:g}' for x in self.gate_beta)}: expected two numbers, "
+                "not both 1"
             )
 
 
@@ -171,6 +241,14 @@ FREE = (
     "coordinator_address",
     "num_processes",
     "process_id",
+)
+
+# Flags that earlier versions did not have, with what they did: their folders resume.
+LATER = (
+    *("norm", "latent_depth", "target_depth", "task_groups", "gate_groups", "gate_prior"),
+    *("gate_beta", "gate_kl_weight", "gate_depth_weight", "gate_share_weight"),
+    *("gate_entropy_weight", "gate_soft_steps", "gate_anneal_steps", "gate_tau", "gate_init"),
+    *("gate_lr", "gate_loop"),
 )
 
 _PAPER = {
@@ -250,13 +328,61 @@ def prepare_data(cfg: TrainConfig) -> tuple[Any, Any]:
 
 
 def key_for(cfg: TrainConfig, purpose: int) -> Any:
-    """0 data, 1 parameters, 2 batches, 3 tests on the way, 4 the last test."""
+    """0 data, 1 parameters, 2 batches, 3 tests on the way, 4 the last test, 5 task groups."""
     import jax
 
     return jax.random.fold_in(jax.random.key(cfg.seed), purpose)
 
 
-def make_model(cfg: TrainConfig) -> tuple[Any, Any]:
+def task_groups(cfg: TrainConfig, tasks: Any) -> Any:
+    """group_W of the trained tasks, None if all are one group; UsageError if they are no groups."""
+    from modgrok import latent_depth
+
+    if not cfg.latent_depth or cfg.task_groups == "none":
+        return None
+    flag = f"--task_groups={cfg.task_groups}"
+    if cfg.task_groups == "ratio":
+        return latent_depth.ratio_groups(tasks.train_W2, cfg.p)
+    try:
+        if cfg.task_groups == "rectangle":
+            return latent_depth.rectangle_groups(len(tasks.train_W2))
+        if cfg.task_groups == "random":
+            return latent_depth.random_groups(key_for(cfg, 5), cfg.num_tasks, cfg.gate_groups)
+        parts = json.loads(Path(cfg.task_groups).read_text())
+        return latent_depth.partition_groups(parts, tasks.train_W2)
+    except OSError as error:
+        raise UsageError(
+            f"{flag}: {error.strerror}; expected none, ratio, rectangle, random, or a JSON file"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from error
+
+
+def make_latent(cfg: TrainConfig, group_W: Any) -> Any:
+    """The `modgrok.LatentConfig` of a run, None without gates."""
+    import modgrok
+
+    if not cfg.latent_depth:
+        return None
+    return modgrok.LatentConfig(
+        groups=1 if group_W is None else int(max(group_W)) + 1,
+        target_depth=cfg.target_depth,
+        prior=cfg.gate_prior,
+        beta=tuple(cfg.gate_beta),
+        kl_weight=cfg.gate_kl_weight,
+        depth_weight=cfg.gate_depth_weight,
+        share_weight=cfg.gate_share_weight,
+        entropy_weight=cfg.gate_entropy_weight,
+        soft_steps=cfg.gate_soft_steps,
+        anneal_steps=cfg.gate_anneal_steps,
+        tau=cfg.gate_tau,
+        init=cfg.gate_init,
+        lr=cfg.gate_lr,
+        loop=cfg.gate_loop,
+    )
+
+
+def make_model(cfg: TrainConfig, latent: Any = None) -> tuple[Any, Any]:
     """The decoder's `modgrok.Config`, and the optimiser."""
     import modgrok
 
@@ -266,6 +392,7 @@ def make_model(cfg: TrainConfig) -> tuple[Any, Any]:
         heads=cfg.heads,
         layers=cfg.layers,
         mlp_ratio=cfg.mlp_ratio,
+        norm=cfg.norm,
         dtype=cfg.dtype,
         remat=cfg.remat,
     )
@@ -278,10 +405,10 @@ def make_model(cfg: TrainConfig) -> tuple[Any, Any]:
         warmup_steps=cfg.warmup_steps,
         schedule_steps=cfg.schedule_steps,
     )
-    return model, modgrok.make_optimizer(optimizer)
+    return model, modgrok.make_optimizer(optimizer, latent=latent)
 
 
-def state_maker(cfg: TrainConfig, model: Any, tx: Any) -> Callable[..., Any]:
+def state_maker(cfg: TrainConfig, model: Any, tx: Any, latent: Any = None) -> Callable[..., Any]:
     """make(key of parameters, key of batches) -> the state of a run, which is what is saved.
 
     The key of the batches is part of it: a resumed run draws with the stored one.
@@ -290,12 +417,12 @@ def state_maker(cfg: TrainConfig, model: Any, tx: Any) -> Callable[..., Any]:
 
     import modgrok
 
-    init = functools.partial(modgrok.init_state, cfg=model, tx=tx, ema=cfg.ema > 0)
+    init = functools.partial(modgrok.init_state, cfg=model, tx=tx, ema=cfg.ema > 0, latent=latent)
     return jax.jit(lambda key, batches: (init(key), batches))
 
 
-def abstract_state(cfg: TrainConfig, model: Any, tx: Any) -> Any:
+def abstract_state(cfg: TrainConfig, model: Any, tx: Any, latent: Any = None) -> Any:
     """Shapes and dtypes of that state."""
     import jax
 
-    return jax.eval_shape(state_maker(cfg, model, tx), key_for(cfg, 1), key_for(cfg, 2))
+    return jax.eval_shape(state_maker(cfg, model, tx, latent), key_for(cfg, 1), key_for(cfg, 2))

@@ -1,7 +1,10 @@
 """Write the model of a run as a PyTorch checkpoint with the names of the paper's code.
 
 The format follows the ending of --output: .safetensors, .npz, or .pt (which needs torch). Averaged
-weights are written if the run keeps them. stdout ends with one line of JSON.
+weights are written if the run keeps them. A run with gates (--latent_depth) is written as the
+network that they select, an ordinary one of fewer blocks. With --prune, --output is a folder: that
+network as a run that modgrok_train continues, optimiser included. stdout ends with one line of
+JSON.
 """
 
 import dataclasses
@@ -9,7 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from launch import UsageError, flags, modgrok_config, rundir
 from launch.flags import field
@@ -21,9 +24,16 @@ _ENDINGS = (".safetensors", ".npz", ".pt", ".pth")
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
     workdir: str = field("", "folder of the run")
-    output: str = field("", "file to write: .safetensors, .npz, .pt or .pth")
+    output: str = field("", "file to write: .safetensors, .npz, .pt or .pth; a folder with --prune")
     which: Literal["best", "latest"] = field("best", "checkpoint to take")
     overwrite: bool = field(False, "replace the file if it exists")
+    prune: bool = field(False, "write the network that the gates select as a smaller run")
+    group: str = field(
+        "shared",
+        "whose gates select, where there are several groups: shared (the mean of their logits, as "
+        "unseen tasks have), a number, or union (what any group keeps; a .mask.npz beside the file "
+        "says which group uses which)",
+    )
     quiet: bool = field(False, "nothing on stderr")
 
     def validate(self) -> None:
@@ -32,6 +42,17 @@ class ExportConfig:
                 f"--workdir={self.workdir}: expected the folder of a modgrok_train run, with its "
                 f"{rundir.CONFIG}"
             )
+        if self.group not in ("shared", "union") and not self.group.isdecimal():
+            raise ValueError(f"--group={self.group}: expected shared, union or a number")
+        if self.prune:
+            if self.group == "union":
+                raise ValueError("--group=union: a run has no mask; expected shared or a number")
+            if not self.output:
+                raise ValueError("--output=: expected the folder to write")
+            there = Path(self.output)
+            if there.exists() and not (there.is_dir() and not any(there.iterdir())):
+                raise ValueError(f"--output={self.output}: expected a new or empty folder")
+            return
         if Path(self.output).suffix not in _ENDINGS:
             raise ValueError(f"--output={self.output}: expected one of {', '.join(_ENDINGS)}")
         if Path(self.output).exists() and not self.overwrite:
@@ -55,40 +76,135 @@ def run_settings(workdir: str) -> modgrok_config.TrainConfig:
         ) from error
 
 
-def main(cfg: ExportConfig) -> None:
-    run = run_settings(cfg.workdir)
-    from launch.checkpoints import Checkpoints
-    from modgrok import interop
+class _Selected(NamedTuple):
+    """A checkpoint after its gates, if it has any, have been applied."""
 
-    model, tx = modgrok_config.make_model(run)
+    step: int
+    meta: dict[str, Any]
+    model: Any  # modgrok.Config
+    state: Any  # TrainState without gates
+    key: Any  # of the batches
+    kept_layers: list[int] | None  # None: the run has no gates
+    mask_GL: Any  # which group keeps which layer; None: no gates
+
+
+def _select(cfg: ExportConfig, run: modgrok_config.TrainConfig) -> _Selected:
+    """The chosen checkpoint, pruned to what its gates select; UsageError if it cannot be."""
+    import numpy as np
+
+    from launch.checkpoints import Checkpoints
+    from modgrok import latent_depth
+
+    group_W = None
+    if run.latent_depth:
+        group_W = modgrok_config.task_groups(run, modgrok_config.prepare_data(run)[0])
+    latent = modgrok_config.make_latent(run, group_W)
+    model, tx = modgrok_config.make_model(run, latent)
     with Checkpoints(os.path.join(cfg.workdir, "checkpoints")) as checkpoints:
-        like = modgrok_config.abstract_state(run, model, tx)
+        like = modgrok_config.abstract_state(run, model, tx, latent)
         restored = checkpoints.restore(like, which=cfg.which)
     if restored is None:
         raise UsageError(f"--workdir={cfg.workdir}: holds no {cfg.which} checkpoint yet")
-    state = restored.state[0]
+    state, key = restored.state
+    about = (restored.step, restored.meta)
+    if latent is None:
+        if cfg.prune:
+            raise UsageError(f"--prune: the run in {cfg.workdir} has no gates (--latent_depth)")
+        return _Selected(*about, model, state, key, None, None)
+
+    params = state.params if state.ema is None else state.ema
+    logits_GL = np.asarray(params["gates"]["logits_GL"])
+    mask_GL = logits_GL > 0
+    if cfg.group == "union":
+        keep_L = mask_GL.any(0)
+    elif cfg.group == "shared":
+        keep_L = np.asarray(latent_depth.shared_logits(logits_GL)) > 0
+    elif int(cfg.group) < len(mask_GL):
+        keep_L = mask_GL[int(cfg.group)]
+    else:
+        raise UsageError(f"--group={cfg.group}: expected 0 to {len(mask_GL) - 1}")
+    if not keep_L.any():
+        raise UsageError(
+            f"--group={cfg.group}: every gate is closed at step {restored.step}; expected a model "
+            "that keeps a block"
+        )
+    # The optimiser's state is that of the weights, cut as they are; gates and theirs are dropped.
+    opt_state = state.opt_state.inner_states["weights"].inner_state
+    pruned = state._replace(
+        params=latent_depth.prune(state.params, keep_L),
+        opt_state=latent_depth.prune(opt_state, keep_L),
+        ema=None if state.ema is None else latent_depth.prune(state.ema, keep_L),
+    )
+    small = latent_depth.pruned_config(model, keep_L)
+    kept = np.flatnonzero(keep_L)
+    return _Selected(*about, small, pruned, key, kept.tolist(), mask_GL[:, kept])
+
+
+def main(cfg: ExportConfig) -> None:
+    run = run_settings(cfg.workdir)
+    chosen = _select(cfg, run)
+    output = Path(cfg.output)
+    result: dict[str, Any] = {
+        "program": PROGRAM,
+        "workdir": cfg.workdir,
+        "output": str(output),
+        "step": chosen.step,
+        "averaged": chosen.state.ema is not None,
+    }
+    if chosen.kept_layers is not None:
+        result |= {"layers": chosen.model.layers, "kept_layers": chosen.kept_layers}
+    if cfg.prune:
+        _write_run(output, run, chosen)
+    else:
+        _write_file(cfg, output, chosen)
+        if cfg.group == "union" and chosen.mask_GL is not None:
+            import numpy as np
+
+            mask = output.with_name(f"{output.stem}.mask.npz")
+            np.savez(mask, mask_GK=chosen.mask_GL, kept_layers=np.array(chosen.kept_layers))
+            result["mask"] = str(mask)
+    if not cfg.quiet:
+        print(f"wrote {output}, the {cfg.which} checkpoint, step {chosen.step}", file=sys.stderr)
+    rundir.summary_line(result)
+
+
+def _write_file(cfg: ExportConfig, output: Path, chosen: _Selected) -> None:
+    from modgrok import interop
+
+    state = chosen.state
     params = state.params if state.ema is None else state.ema
     # Under another name first: a kill or a full disk leaves no half file and spoils no old one.
-    output = Path(cfg.output)
     part = output.with_name(f".{output.stem}.part{output.suffix}")
     try:
-        interop.save_reference(part, params, model)
+        interop.save_reference(part, params, chosen.model)
         os.replace(part, output)
     except ImportError as error:
         raise UsageError(f"--output={cfg.output}: {error}") from error
+    except ValueError as error:  # of a post-norm decoder, which the reference cannot be
+        raise UsageError(f"--workdir={cfg.workdir}: {error}") from error
     finally:
         part.unlink(missing_ok=True)
-    if not cfg.quiet:
-        print(f"wrote {output}, the {cfg.which} checkpoint, step {restored.step}", file=sys.stderr)
-    rundir.summary_line(
-        {
-            "program": PROGRAM,
-            "workdir": cfg.workdir,
-            "output": str(output),
-            "step": restored.step,
-            "averaged": state.ema is not None,
-        }
+
+
+def _write_run(output: Path, run: modgrok_config.TrainConfig, chosen: _Selected) -> None:
+    """A folder like that of a run of this many layers which has come to this step."""
+    from launch.checkpoints import Checkpoints
+
+    settings = dataclasses.replace(
+        run,
+        workdir=str(output),
+        layers=chosen.model.layers,
+        latent_depth=False,
+        target_depth=None,
+        task_groups="none",
     )
+    with (
+        rundir.RunDir(output, dataclasses.asdict(settings), program=modgrok_config.PROGRAM),
+        Checkpoints(output / "checkpoints") as checkpoints,
+    ):
+        state = (chosen.state, chosen.key)
+        checkpoints.save(chosen.step, state, chosen.meta)
+        checkpoints.save_best(chosen.step, state, chosen.meta)
 
 
 def cli() -> None:

@@ -1,6 +1,7 @@
 """What modgrok_train says of a model: scores on the way, and at the end figures and words."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import modgrok
 from launch import loop, parallel
 from launch.rundir import RunDir
-from modgrok import evaluation, figures, oracles
+from modgrok import evaluation, figures, latent_depth, latent_figures, oracles
 
 NEXT = "python -m launch.modgrok_train --flagfile=launch/recipes/memorise.flags"
 
@@ -25,7 +26,12 @@ class Evaluator:
         tasks: modgrok.TaskSplit,
         inputs: modgrok.InputSplit,
         mesh: jax.sharding.Mesh,
+        *,
+        latent: modgrok.LatentConfig | None = None,
+        group_W: np.ndarray | None = None,
     ) -> None:
+        """`latent` and `group_W` of a run with gates, which are rounded for the test."""
+        self._latent, self._group_W = latent, group_W
         self._cfg, self._tasks, self._inputs, self._mesh = cfg, tasks, inputs, mesh
         self._data = parallel.replicate((tasks, inputs), mesh)
 
@@ -40,6 +46,7 @@ class Evaluator:
                 sequences_per_task=counts,
                 rows=cfg.eval_rows,
                 row_sharding=parallel.rows(mesh),
+                gates=(None, None) if latent is None else latent_depth.task_gates(params, group_W),
             )
 
         self._evaluate = jax.jit(
@@ -50,7 +57,7 @@ class Evaluator:
         self, state: modgrok.TrainState, key: jax.Array, counts: tuple[int, int]
     ) -> modgrok.Evaluation:
         """Scores as numpy arrays; every process has to call."""
-        params = state.params if state.ema is None else state.ema
+        params = _tested(state)
         key = parallel.replicate(key, self._mesh)
         return parallel.on_host(self._evaluate(params, key, self._data, counts=counts))
 
@@ -66,7 +73,18 @@ class Evaluator:
             f"seen tasks {last['seen_train']:.2f} ({last['seen_heldout']:.2f} held-out inputs), "
             f"unseen {last['unseen_train']:.2f} ({last['unseen_heldout']:.2f})"
         )
-        return loop.Report(numbers, deciding, text)
+        if self._latent is None:
+            return loop.Report(numbers, deciding, text)
+        gates = parallel.on_host(latent_depth.posterior(_tested(state)))
+        numbers |= {
+            "tested_expected_depth": gates.expected_depth_G.mean(),
+            "tested_kept_layers": gates.kept_G.mean(),
+            "tested_gate_variance": gates.variance_G.mean(),
+        }
+        text += f", depth {gates.expected_depth_G.mean():.1f} ({gates.kept_G.mean():g} kept)"
+        # Before the weights are whole the network is deeper than it will be: no candidate.
+        whole = int(parallel.on_host(state.step)) >= self._latent.ramp_end
+        return loop.Report(numbers, deciding if whole else -math.inf, text)
 
     def at_the_end(
         self,
@@ -112,8 +130,14 @@ class Evaluator:
             summary["transience"] = modgrok.transience(
                 history["step"][known], history["accuracy_reported"][known]
             )._asdict()
+        gates = self._gates(state, outcome)
+        summary |= gates
+        arrays = {} if self._group_W is None else {"task_groups": self._group_W}
+        if self._latent is not None:
+            arrays["gate_logits"] = parallel.on_host(_tested(state)["gates"]["logits_GL"])
         folder.save_arrays(
             "evaluation",
+            **arrays,
             train_tasks=self._tasks.train_W2,
             unseen_tasks=self._tasks.unseen_U2,
             train_inputs=self._inputs.train_M2,
@@ -125,8 +149,42 @@ class Evaluator:
             },
         )
         drawn = draw and self._draw(scores, reported, history, outcome, folder, say)
+        if drawn and self._latent is not None:
+            self._draw_gates(arrays["gate_logits"], history, folder)
+        if gates:
+            say(
+                f"\nGates keep {len(gates['kept_layers'])} of {cfg.layers} blocks (expected depth "
+                f"{gates['expected_depth']:.2f}): {gates['kept_layers']}"
+            )
         self._last_words(last_shot, outcome, folder, drawn, say)
         return summary
+
+    def _gates(self, state: modgrok.TrainState, outcome: loop.Outcome) -> dict[str, Any]:
+        """Of the tested state, and (`last_`) of the last; layers as unseen tasks use them."""
+        if self._latent is None:
+            return {}
+        numbers: dict[str, Any] = {}
+        for prefix, one in (("", state), ("last_", outcome.state[0])):
+            params = _tested(one)
+            gates = parallel.on_host(latent_depth.posterior(params))
+            shared_L = parallel.on_host(latent_depth.task_gates(params, self._group_W)[1])
+            numbers |= {
+                f"{prefix}expected_depth": float(gates.expected_depth_G.mean()),
+                f"{prefix}kept_layers": np.flatnonzero(shared_L).tolist(),
+                f"{prefix}kept_by_group": gates.kept_G.tolist(),
+                f"{prefix}gate_variance": float(gates.variance_G.mean()),
+            }
+        return numbers
+
+    def _draw_gates(
+        self, logits_GL: np.ndarray, history: dict[str, np.ndarray], folder: RunDir
+    ) -> None:
+        inclusion_GL = 1 / (1 + np.exp(-logits_GL.astype(float)))
+        folder.save_figure("posterior", latent_figures.posterior_map(inclusion_GL))
+        if "expected_depth" in history:
+            folder.save_figure(
+                "depth", latent_figures.depth_curves(history, target=self._cfg.target_depth)
+            )
 
     def _draw(
         self,
@@ -182,10 +240,11 @@ class Evaluator:
         say: Callable[..., None],
     ) -> None:
         cfg = self._cfg
+        tested = outcome.best.step if outcome.best.step > 0 else outcome.step
         ended = "reached the target" if outcome.reached_target else "ended"
         say(
             f"\nTraining {ended} after {outcome.step} steps; the best checkpoint is of step "
-            f"{outcome.best.step}. After {cfg.shots - 1} examples it answers\n"
+            f"{tested}. After {cfg.shots - 1} examples it answers\n"
             f"  {last_shot['seen_train']:6.1%} on tasks it was trained on,\n"
             f"  {last_shot['unseen_train']:6.1%} on tasks it has never seen and that did not "
             f"choose the checkpoint,\n"
@@ -198,6 +257,11 @@ class Evaluator:
             say(f"Next, the other side of the transition, a model that memorises:\n  {NEXT}")
         else:
             say(f"To continue or repeat: the same command with --workdir={folder.path}")
+
+
+def _tested(state: modgrok.TrainState) -> Any:
+    """The parameters that are tested: averaged ones, if there are any."""
+    return state.params if state.ema is None else state.ema
 
 
 def _last_finite(column: np.ndarray | None) -> float | None:

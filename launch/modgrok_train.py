@@ -18,14 +18,17 @@ from typing import Any
 from launch import UsageError, flags, rundir
 from launch.modgrok_config import (
     FREE,
+    LATER,
     PRESETS,
     PROGRAM,
     TrainConfig,
     abstract_state,
     key_for,
+    make_latent,
     make_model,
     prepare_data,
     state_maker,
+    task_groups,
 )
 
 # What may differ between the processes of one run.
@@ -37,7 +40,10 @@ def main(cfg: TrainConfig) -> int:
     settings = dataclasses.asdict(cfg)
     # Every process looks before any can have written: `start` waits for all of them.
     folder = cfg.workdir or rundir.default_path(PROGRAM)
-    resuming = rundir.check(folder, settings, program=PROGRAM, free=FREE)
+    # Folders of earlier versions lack later flags: these runs had no gates.
+    plain = dataclasses.asdict(dataclasses.replace(cfg, norm="pre", latent_depth=False))
+    later = {name: plain[name] for name in LATER}
+    resuming = rundir.check(folder, settings, program=PROGRAM, free=FREE, later=later)
     from launch import parallel
 
     parallel.start(
@@ -70,8 +76,10 @@ def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
             + (f" x --micro_batches={cfg.micro_batches}" if cfg.micro_batches > 1 else "")
         )
     tasks, inputs = prepare_data(cfg)
-    model, tx = make_model(cfg)
-    like = abstract_state(cfg, model, tx)
+    group_W = task_groups(cfg, tasks)
+    latent = make_latent(cfg, group_W)
+    model, tx = make_model(cfg, latent)
+    like = abstract_state(cfg, model, tx, latent)
     writer = parallel.is_first()
     # Process 0 decides: the others may be on machines that do not see its disk.
     resuming = bool(from_process_0(b"x" * resuming))
@@ -84,7 +92,7 @@ def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
             if restored.meta["best_score"] is not None:
                 best = loop.Best(restored.meta["best_step"], restored.meta["best_score"])
         else:
-            state = state_maker(cfg, model, tx)(key_for(cfg, 1), key_for(cfg, 2))
+            state = state_maker(cfg, model, tx, latent)(key_for(cfg, 1), key_for(cfg, 2))
         state = parallel.replicate(state, mesh)
 
         saved = {**dataclasses.asdict(cfg), "workdir": workdir}
@@ -99,7 +107,9 @@ def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
                 f"{jax.devices()[0].platform}; "
                 + (f"resuming at step {start}" if restored else "compiling first")
             )
-            evaluator = modgrok_report.Evaluator(cfg, model, tasks, inputs, mesh)
+            evaluator = modgrok_report.Evaluator(
+                cfg, model, tasks, inputs, mesh, latent=latent, group_W=group_W
+            )
             outcome = loop.run(
                 state,
                 start=start,
@@ -107,7 +117,7 @@ def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
                 cadence=loop.Cadence(
                     cfg.steps, cfg.log_every, cfg.eval_every, cfg.checkpoint_every
                 ),
-                chunk=_chunk(cfg, model, tx, tasks, inputs, mesh),
+                chunk=_chunk(cfg, model, tx, tasks, inputs, mesh, latent, group_W),
                 evaluate=lambda state: evaluator.on_the_way(state[0], key_for(cfg, 3)),
                 target=cfg.target,
                 checkpoints=checkpoints,
@@ -141,7 +151,16 @@ def _new_folder() -> bytes:
             return os.fsencode(path)
 
 
-def _chunk(cfg: TrainConfig, model: Any, tx: Any, tasks: Any, inputs: Any, mesh: Any) -> Any:
+def _chunk(
+    cfg: TrainConfig,
+    model: Any,
+    tx: Any,
+    tasks: Any,
+    inputs: Any,
+    mesh: Any,
+    latent: Any,
+    group_W: Any,
+) -> Any:
     """chunk(state, num_steps) over the mesh, where state is (TrainState, key of the batches)."""
     import modgrok
     from launch import parallel
@@ -155,14 +174,17 @@ def _chunk(cfg: TrainConfig, model: Any, tx: Any, tasks: Any, inputs: Any, mesh:
         modulus=cfg.p,
         micro_batches=cfg.micro_batches,
         ema_decay=cfg.ema or None,
+        latent=latent,
     )
 
-    def chunk(state: Any, *data: Any, **options: Any) -> Any:
+    def chunk(state: Any, task_W2: Any, input_M2: Any, *groups: Any, **options: Any) -> Any:
         train_state, key = state
-        train_state, metrics = body(train_state, key, *data, **options)
+        group_W = groups[0] if groups else None
+        train_state, metrics = body(train_state, key, task_W2, input_M2, group_W=group_W, **options)
         return (train_state, key), metrics
 
-    data = parallel.replicate((tasks.train_W2, inputs.train_M2), mesh)
+    groups = () if group_W is None else (group_W,)
+    data = parallel.replicate((tasks.train_W2, inputs.train_M2, *groups), mesh)
     run = parallel.wrap(chunk, mesh, cfg.parallel)
     return lambda state, num_steps: run(state, *data, num_steps=num_steps)
 

@@ -14,6 +14,7 @@ import os
 import re
 import tempfile
 import time
+import types
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,10 +43,12 @@ def check(
     *,
     program: str,
     free: Collection[str] = (),
+    later: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> bool:
     """Whether a run with `config` in `path` continues an earlier one; UsageError if it must not.
 
-    Settings named in `free` may differ from the earlier run's. Writes nothing.
+    Settings named in `free` may differ from the earlier run's; those that it did not know yet have
+    their value in `later`. Writes nothing.
     """
     text = os.fspath(path)
     if not text or re.match(r"[A-Za-z][\w+.-]+:/", text):
@@ -72,7 +75,7 @@ def check(
             f"--workdir={text}: holds files but no {CONFIG}; expected a new or empty folder, "
             "or one that an earlier run made"
         )
-    _check_config(Path(text), _plain(config), program, free)
+    _check_config(Path(text), _plain(config), program, free, _plain(later))
     return True
 
 
@@ -86,10 +89,14 @@ def _exists(path: Path) -> bool:
 
 
 def _check_config(
-    path: Path, config: Mapping[str, Any], program: str, free: Collection[str]
+    path: Path,
+    config: Mapping[str, Any],
+    program: str,
+    free: Collection[str],
+    later: Mapping[str, Any],
 ) -> None:
     try:
-        stored = json.loads((path / CONFIG).read_text())
+        stored = {**later, **json.loads((path / CONFIG).read_text())}
         owner = stored.pop("program")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(

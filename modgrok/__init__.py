@@ -5,6 +5,7 @@ Source: He, Doshi, Das, Gromov, "Learning to grok" (NeurIPS 2024, arXiv 2406.025
 """
 
 from modgrok.evaluation import Evaluation, SetScores, evaluate, transience
+from modgrok.latent_depth import LatentConfig
 from modgrok.model import Activations, Config, Transformer, apply, init_params
 from modgrok.sequences import answers, sample_sequences
 from modgrok.tasks import (
@@ -16,6 +17,7 @@ from modgrok.tasks import (
     split_inputs,
 )
 from modgrok.training import (
+    GatedMetrics,
     Metrics,
     OptimizerConfig,
     TrainState,
@@ -29,7 +31,9 @@ __all__ = [
     "Activations",
     "Config",
     "Evaluation",
+    "GatedMetrics",
     "InputSplit",
+    "LatentConfig",
     "Metrics",
     "OptimizerConfig",
     "SetScores",

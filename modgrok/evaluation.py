@@ -56,12 +56,17 @@ def score_tasks(
     num_sequences: int,
     rows: int = 1024,
     row_sharding: jax.sharding.Sharding | None = None,
+    num_inputs: jax.Array | int | None = None,
+    gate: jax.Array | None = None,
 ) -> SetScores:
     """Scores on `num_sequences` sequences of each task, paired across tasks.
 
     Args:
         rows: sequences in one forward pass, which bounds memory; they are spread over devices by
             `row_sharding`, if given. Changes no score.
+        num_inputs: as in `sample_sequences`.
+        gate: of zeros and ones, (L,) for all tasks or (W, L): the blocks that a task uses. Those
+            that none of a pass uses are not computed.
     Raises:
         ValueError: if `num_sequences` or `rows` is less than 1.
     """
@@ -70,19 +75,34 @@ def score_tasks(
             raise ValueError(f"{name}={count} must be at least 1")
     total = task_W2.shape[0] * num_sequences
     tokens_BT = sequences.sample_sequences(
-        key, task_W2, input_M2, modulus=modulus, shots=shots, batch=total
+        key,
+        task_W2,
+        input_M2,
+        modulus=modulus,
+        shots=shots,
+        batch=total,
+        num_inputs=num_inputs,
     )
     devices = 1 if row_sharding is None else row_sharding.num_devices
     rows = -(-min(rows, total) // devices) * devices
     # The last pass is filled up with copies of the first row, whose scores are cut off again.
     padded = jnp.concatenate([tokens_BT, jnp.repeat(tokens_BT[:1], -total % rows, axis=0)])
 
-    def forward(tokens_BT):
+    def forward(part):
         if row_sharding is not None:
-            tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, row_sharding)
-        return answer_loss(params, tokens_BT, cfg)[1]
+            part = jax.lax.with_sharding_constraint(part, row_sharding)
+        if gate is None:
+            return answer_loss(params, part, cfg)[1]
+        tokens_BT, gate_BL = (part, None) if gate.ndim == 1 else part
+        own = gate if gate_BL is None else gate_BL.T
+        return answer_loss(params, tokens_BT, cfg, gate=own, skip=True)[1]
 
-    scores = jax.lax.map(forward, padded.reshape(-1, rows, tokens_BT.shape[1]))
+    parts = padded.reshape(-1, rows, tokens_BT.shape[1])
+    if gate is not None and gate.ndim == 2:
+        gate_BL = jnp.repeat(gate, num_sequences, axis=0)
+        gate_BL = jnp.concatenate([gate_BL, jnp.repeat(gate_BL[:1], -total % rows, axis=0)])
+        parts = (parts, gate_BL.reshape(-1, rows, gate.shape[1]))
+    scores = jax.lax.map(forward, parts)
     loss_WS, accuracy_WS = (
         x.reshape(-1, shots)[:total].reshape(-1, num_sequences, shots).mean(1) for x in scores
     )
@@ -101,12 +121,14 @@ def evaluate(
     sequences_per_task: int | Sequence[int] = 16,
     rows: int = 1024,
     row_sharding: jax.sharding.Sharding | None = None,
+    gates: tuple[jax.Array | None, jax.Array | None] = (None, None),
 ) -> Evaluation:
     """Scores on all four sets. `key` is spent; the same key gives the same sequences.
 
     Args:
         sequences_per_task: for all tasks, or (for seen ones, for unseen ones).
         rows, row_sharding: as in `score_tasks`.
+        gates: `gate` of it for seen tasks and for unseen ones, as `latent_depth.task_gates` makes.
     """
     if isinstance(sequences_per_task, int):
         sequences_per_task = (sequences_per_task, sequences_per_task)
@@ -123,6 +145,7 @@ def evaluate(
             num_sequences=sequences_per_task[t],
             rows=rows,
             row_sharding=row_sharding,
+            gate=gates[t],
         )
         for t, task_W2 in enumerate(tasks)
         for i, input_M2 in enumerate(inputs)

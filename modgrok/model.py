@@ -299,6 +299,7 @@ class Transformer(nn.Module):
         positions: Literal["answers", "all"] = "answers",
         capture: bool = False,
         gate: jax.Array | None = None,
+        skip: bool = False,
         patch: Patch = NO_PATCH,
     ) -> Any:
         """Logits at the answer positions, (B, S, V), or at all positions read, (B, 3 S - 1, V).
@@ -310,6 +311,8 @@ class Transformer(nn.Module):
             capture: also return `Activations`; needs positions="all".
             gate: z, float32, (L,) or (L, B): how much of each block is added (see
                 `modgrok.latent_depth`). At 0 a block is the identity; needs norm="pre".
+            skip: do not compute blocks whose gate is 0 (on all rows). The same logits in time
+                proportional to the blocks that are open; without reverse-mode gradients.
             patch: activations to replace; needs positions="all".
         Raises:
             ValueError: if T is not a positive multiple of 3, or an option is unknown.
@@ -322,6 +325,8 @@ class Transformer(nn.Module):
         patched = any(x is not None for x in patch)
         if (capture or patched) and positions != "all":
             raise ValueError(f"capture and patch need positions='all', got {positions!r}")
+        if skip and (gate is None or capture or patched):
+            raise ValueError("skip=True needs a gate, and neither capture nor patch")
         if gate is not None:
             if cfg.norm != "pre":
                 raise ValueError(f"gates need norm='pre', got {cfg.norm!r}")
@@ -340,7 +345,10 @@ class Transformer(nn.Module):
         answers_only = positions == "answers"
         h_BTD = start_BTD = lookup(embedding_VD, tokens_BT)
         captured = []
-        for first, last in _segments(cfg.layers):
+        if skip:
+            h_BTD = _run_open_blocks(block, stacked, h_BTD)
+            h_BTD = h_BTD[:, 1::3] if answers_only else h_BTD
+        for first, last in () if skip else _segments(cfg.layers):
             ids = (embedding_VD, tokens_BT) if first == 0 else None
             part = jax.tree.map(lambda w: w[first:last], stacked)  # noqa: B023
             at = answers_only and last == cfg.layers
@@ -399,6 +407,23 @@ def _run_block(block, layer, h_BTD, embedded, answers_only):
         gate=gate,
         patch=patch,
     )
+
+
+def _run_open_blocks(block, stacked, h_BTD):
+    """The stream after the blocks whose gate is open on some row, as many steps as there are.
+
+    Quicker than a `lax.cond` around each block, which copies the stream in and out of its branches
+    (benchmarks/modgrok_depth.py), and it compiles one block. Has no reverse mode.
+    """
+    gate = stacked[1]
+    open_L = (gate != 0).reshape(len(gate), -1).any(1)
+    order_L = jnp.argsort(~open_L, stable=True)
+
+    def body(k, h_BTD):
+        layer = jax.tree.map(lambda w: w[order_L[k]], stacked)
+        return _run_block(block, layer, h_BTD, None, False)[0]
+
+    return jax.lax.fori_loop(0, open_L.sum(dtype=jnp.int32), body, h_BTD)
 
 
 def _init_blocks(block: Block, key: jax.Array) -> Params:

@@ -26,6 +26,8 @@ def sample_sequences(
     shots: int,
     batch: int,
     paired: bool = True,
+    num_tasks: jax.Array | int | None = None,
+    num_inputs: jax.Array | int | None = None,
 ) -> jax.Array:
     """Balanced sequences x1 y1 z1 x2 y2 z2 ... with z = a x + b y mod p.
 
@@ -37,21 +39,38 @@ def sample_sequences(
         key: random key, spent here.
         task_W2: task vectors (a, b).   input_M2: pairs (x, y).
         modulus: p.   shots: S, examples in a sequence.   batch: B, a multiple of W.
+        num_tasks, num_inputs: use the first so many rows of `task_W2`, of `input_M2`: the same
+            numbers as with the other rows cut off. They may be traced, so that sets of several
+            sizes, padded, share a program; `num_tasks` then has to divide B, and needs `paired`.
     Returns:
         tokens_BT, int32, T = 3 S. The model reads all but the last token.
     Raises:
-        ValueError: if `batch` is not a multiple of W, or `shots` < 1.
+        ValueError: if `batch` is not a multiple of W, or `shots` < 1, or `num_tasks` comes
+            without `paired`.
     Source: He et al. (2024), section 2; the batches of its code.
     """
-    num_tasks = task_W2.shape[0]
-    check_batch(batch, num_tasks)
     if shots < 1:
         raise ValueError(f"shots={shots} must be at least 1")
+    if num_inputs is None:
+        num_inputs = input_M2.shape[0]
+    if num_tasks is not None:
+        if not paired:
+            raise ValueError("num_tasks needs paired=True: unpaired draws depend on the shape")
+        # The lists of a smaller table are the first ones of a larger: a number depends on its
+        # flat index alone (jax's threefry is partitionable). So all batches draw B of them.
+        index_BS = jax.random.randint(key, (batch, shots), 0, num_inputs, jnp.int32)
+        row_B, repeats = jnp.arange(batch), batch // num_tasks
+        xy_BS2 = jnp.asarray(input_M2, jnp.int32)[index_BS[row_B % repeats]]
+        ab_B12 = jnp.asarray(task_W2, jnp.int32)[row_B // repeats][:, None]
+        z_BS = (ab_B12 * xy_BS2).sum(-1) % modulus
+        return jnp.concatenate([xy_BS2, z_BS[..., None]], axis=-1).reshape(batch, 3 * shots)
+    num_tasks = task_W2.shape[0]
+    check_batch(batch, num_tasks)
     repeats = batch // num_tasks
     drawn_W = (1,) if paired else (num_tasks,)
     shape_WRS = (*drawn_W, repeats, shots)
     # int32 by name: with x64 on, the default draws other inputs.
-    index_WRS = jax.random.randint(key, shape_WRS, 0, input_M2.shape[0], jnp.int32)
+    index_WRS = jax.random.randint(key, shape_WRS, 0, num_inputs, jnp.int32)
     x_WRS, y_WRS = jnp.unstack(jnp.asarray(input_M2, jnp.int32)[index_WRS], axis=-1)
     a_W11, b_W11 = jnp.asarray(task_W2, jnp.int32).T[..., None, None]
     z_WRS = (a_W11 * x_WRS + b_W11 * y_WRS) % modulus

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from modgrok import sequences
+from modgrok import latent_depth, sequences
+from modgrok.latent_depth import LatentConfig
 from modgrok.model import Config, Params, apply, init_params
 
 
@@ -79,6 +80,18 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array
 
 
+class GatedMetrics(NamedTuple):
+    """`Metrics` of a step with latent depth, and its gates before the update."""
+
+    loss: jax.Array  # nats an answer under the sampled gates, penalties left out
+    accuracy: jax.Array
+    grad_norm: jax.Array  # of the weights, gates left out
+    expected_depth: jax.Array  # blocks, mean over groups
+    kl: jax.Array  # nats a gate, unweighted
+    gate_entropy: jax.Array  # bits a gate
+    gate_variance: jax.Array  # mean of q (1 - q)
+
+
 def _decays(params: Params) -> Params:
     """True for matrices and the embedding, False for layer norms."""
     return jax.tree_util.tree_map_with_path(
@@ -86,11 +99,23 @@ def _decays(params: Params) -> Params:
     )
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig,
+    *,
+    weight_decay: jax.Array | float | None = None,
+    latent: LatentConfig | None = None,
+) -> optax.GradientTransformation:
     """AdamW as in the paper's code, or Muon (Jordan et al., 2024) by optax.
 
-    Build it once and reuse it: a new object is a new program under jit.
+    Build it once and reuse it: a new object is a new program under jit. `weight_decay` stands in
+    for that of `config`; inside a jitted function it may be traced. With `latent` the parameters
+    have gates, which get Adam at its own rate and never decay.
     """
+    if latent is not None:
+        weights = make_optimizer(config, weight_decay=weight_decay)
+        return optax.partition({"weights": weights, "gates": optax.adam(latent.lr)}, _gate_labels)
+    if weight_decay is None:
+        weight_decay = config.weight_decay
 
     def rate(peak):
         return lambda step: peak * config.factor(step)
@@ -99,10 +124,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         return optax.adamw(rate(peak), config.b1, config.b2, weight_decay=decay, mask=_decays)
 
     if config.name == "adamw":
-        return adamw(config.lr, config.weight_decay)
+        return adamw(config.lr, weight_decay)
     muon = optax.contrib.muon(
         rate(config.lr),
-        weight_decay=config.weight_decay,
+        weight_decay=weight_decay,
         muon_weight_dimension_numbers=_muon_dimensions,
     )
     return optax.partition(
@@ -131,23 +156,40 @@ def _muon_labels(params: Params) -> Params:
     )
 
 
+def _gate_labels(params: Params) -> Params:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "gates" if path[0].key == "gates" else "weights", params
+    )
+
+
 def init_state(
-    key: jax.Array, cfg: Config, tx: optax.GradientTransformation, *, ema: bool = False
+    key: jax.Array,
+    cfg: Config,
+    tx: optax.GradientTransformation,
+    *,
+    ema: bool = False,
+    latent: LatentConfig | None = None,
 ) -> TrainState:
-    """State before the first step; `key` is spent on the parameters."""
+    """State before the first step; `key` is spent on the parameters.
+
+    With `latent` they have an entry "gates", which `tx` has to know of (see `make_optimizer`).
+    """
     params = init_params(key, cfg)
+    if latent is not None:
+        params = {**params, "gates": latent_depth.init_gates(latent, cfg)}
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
 
 
 def answer_loss(
-    params: Params, tokens_BT: jax.Array, cfg: Config
+    params: Params, tokens_BT: jax.Array, cfg: Config, **options: jax.Array | bool | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Mean cross-entropy of the answers, and (loss_BS, correct_BS), all float32.
 
-    Nats, softmax over the whole vocabulary, the answer after no example included.
+    Nats, softmax over the whole vocabulary, the answer after no example included. Options are
+    those of `model.apply`: gates.
     """
-    logits_BSV = apply(params, tokens_BT, cfg)
+    logits_BSV = apply(params, tokens_BT, cfg, **options)
     z_BS = sequences.answers(tokens_BT)
     loss_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, z_BS)
     correct_BS = (jax.lax.argmax(logits_BSV, 2, jnp.int32) == z_BS).astype(jnp.float32)
@@ -163,7 +205,10 @@ def train_step(
     micro_batches: int = 1,
     ema_decay: float | None = None,
     axis_name: str | None = None,
-) -> tuple[TrainState, Metrics]:
+    latent: LatentConfig | None = None,
+    gate_key: jax.Array | None = None,
+    group_B: jax.Array | None = None,
+) -> tuple[TrainState, Metrics | GatedMetrics]:
     """One update on a batch.
 
     Args:
@@ -172,9 +217,12 @@ def train_step(
             that are too small for it whole.
         ema_decay: weight of the old average in `state.ema`, which must then exist.
         axis_name: average gradients and metrics over this mapped axis (pmap, shard_map).
+        latent: train gates (`latent_depth`), of which `init_state` made the parameters.
+        gate_key: with `latent`, key of this step's gates, the same on every device; spent.
+        group_B: with several groups, the group of each of these rows.
     Raises:
         ValueError: if the rows do not divide by `micro_batches`, or `ema_decay` and `state.ema`
-            disagree.
+            disagree, or gates lack a key or groups.
     """
     rows = tokens_BT.shape[0]
     if micro_batches < 1 or rows % micro_batches:
@@ -182,28 +230,51 @@ def train_step(
     if (ema_decay is None) != (state.ema is None):
         raise ValueError(f"ema_decay={ema_decay}, but the state has ema={state.ema is not None}")
 
+    noise_GL = None
+    if latent is not None:
+        latent.check(cfg)
+        if gate_key is None or (group_B is None) != (latent.groups == 1):
+            raise ValueError(
+                f"latent depth needs gate_key, and group_B for several groups: got gate_key="
+                f"{gate_key}, group_B={group_B} for groups={latent.groups}"
+            )
+        noise_GL = latent_depth.logistic_noise(gate_key, latent.groups, cfg.layers)
+
     params = state.params
     if axis_name is not None:
         # shard_map sums gradients of what it knows to be replicated, which would make the mean
         # below too large by the number of devices; told that they vary, it does not.
         params = jax.tree.map(functools.partial(_varying, axis_name=axis_name), params)
 
-    def gradients(tokens_BT):
+    def gradients(tokens_BT, group_B=None):
+        if latent is not None:
+            return latent_depth.gradients(
+                lambda params, gate: answer_loss(params, tokens_BT, cfg, gate=gate),
+                params,
+                group_B,
+                latent=latent,
+                noise_GL=noise_GL,
+                step=state.step,
+            )
         value_and_grad = jax.value_and_grad(answer_loss, has_aux=True)
         (loss, (_, correct_BS)), grads = value_and_grad(params, tokens_BT, cfg)
         return loss, correct_BS.mean(), grads
 
     if micro_batches == 1:
-        loss, accuracy, grads = gradients(tokens_BT)
+        loss, accuracy, grads = gradients(tokens_BT, group_B)
     else:
         # Every n-th row, not a block of rows: sharded rows then stay where they are, and each
         # device has its share of every part.
-        part_CBT = tokens_BT.reshape(-1, micro_batches, tokens_BT.shape[1]).swapaxes(0, 1)
+        rows = (tokens_BT,) if group_B is None else (tokens_BT, group_B)
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), rows
+        )
 
-        def add(total, tokens_BT):
-            return jax.tree.map(jnp.add, total, gradients(tokens_BT)), None
+        def add(total, rows):
+            return jax.tree.map(jnp.add, total, gradients(*rows)), None
 
-        total, _ = jax.lax.scan(add, gradients(part_CBT[0]), part_CBT[1:])
+        first = gradients(*jax.tree.map(lambda x: x[0], parts))
+        total, _ = jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], parts))
         loss, accuracy, grads = jax.tree.map(lambda x: x / micro_batches, total)
     if axis_name is not None:
         loss, accuracy, grads = jax.lax.pmean((loss, accuracy, grads), axis_name)
@@ -213,7 +284,19 @@ def train_step(
     ema = state.ema
     if ema_decay is not None:
         ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-    metrics = Metrics(loss, accuracy, optax.tree.norm(grads))
+    if latent is None:
+        metrics = Metrics(loss, accuracy, optax.tree.norm(grads))
+    else:
+        gates = latent_depth.posterior(state.params)
+        metrics = GatedMetrics(
+            loss,
+            accuracy,
+            optax.tree.norm({name: g for name, g in grads.items() if name != "gates"}),
+            gates.expected_depth_G.mean(),
+            latent_depth.kl_divergence(state.params["gates"]["logits_GL"], latent).mean(),
+            gates.entropy_G.mean(),
+            gates.variance_G.mean(),
+        )
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
@@ -234,6 +317,7 @@ def _varying(x: jax.Array, axis_name: str) -> jax.Array:
         "ema_decay",
         "axis_name",
         "batch_sharding",
+        "latent",
     ],
 )
 def train_chunk(
@@ -252,7 +336,9 @@ def train_chunk(
     ema_decay: float | None = None,
     axis_name: str | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
-) -> tuple[TrainState, Metrics]:
+    latent: LatentConfig | None = None,
+    group_W: jax.Array | None = None,
+) -> tuple[TrainState, Metrics | GatedMetrics]:
     """`num_steps` updates in one program: batches are drawn on the device, nothing waits.
 
     Step s draws its batch with fold_in(key, s), so cutting a run into other chunks, resuming it,
@@ -263,6 +349,7 @@ def train_chunk(
         batch: B of all devices together, a multiple of the W tasks.
         axis_name: as in `train_step`; each device draws all B rows of integers and keeps its own.
         batch_sharding: under plain jit, how rows are spread over devices.
+        latent: as in `train_step`.   group_W: with several groups, the group of each task.
     Returns:
         The state, and `Metrics` with a leading axis of `num_steps`.
     """
@@ -276,15 +363,20 @@ def train_chunk(
             shots=shots,
             batch=batch,
         )
+        rows = tokens_BT
+        if group_W is not None:
+            repeats = batch // task_W2.shape[0]
+            rows = (tokens_BT, jnp.repeat(group_W, repeats, total_repeat_length=batch))
         if axis_name is not None:
             devices = jax.lax.axis_size(axis_name)
             if batch % devices:
                 raise ValueError(f"batch={batch} does not divide over {devices} devices")
             share = batch // devices
             start = jax.lax.axis_index(axis_name) * share
-            tokens_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, start, share)
+            rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, share), rows)
         if batch_sharding is not None:
-            tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, batch_sharding)
+            rows = jax.lax.with_sharding_constraint(rows, batch_sharding)
+        tokens_BT, group_B = (rows, None) if group_W is None else rows
         return train_step(
             state,
             tokens_BT,
@@ -293,6 +385,9 @@ def train_chunk(
             micro_batches=micro_batches,
             ema_decay=ema_decay,
             axis_name=axis_name,
+            latent=latent,
+            gate_key=None if latent is None else latent_depth.step_key(key, state.step),
+            group_B=group_B,
         )
 
     return jax.lax.scan(body, state, length=num_steps)

@@ -28,7 +28,8 @@ def settings(*args):
 def final_state(workdir, which="latest", args=TINY):
     """Step and arrays by name of the newest checkpoint: optimiser and random key included."""
     cfg = settings(*args)
-    like = modgrok_config.abstract_state(cfg, *modgrok_config.make_model(cfg))
+    latent = modgrok_config.make_latent(cfg, None)
+    like = modgrok_config.abstract_state(cfg, *modgrok_config.make_model(cfg, latent), latent)
     with checkpoints.Checkpoints(Path(workdir) / "checkpoints") as store:
         restored = store.restore(like, which=which)
     return restored.step, hoststate.copy(restored.state)

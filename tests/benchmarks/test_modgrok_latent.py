@@ -1,0 +1,36 @@
+"""The benchmarks of latent depth run, and a run that is on record is not trained again."""
+
+import dataclasses
+import json
+
+import pytest
+
+import modgrok
+from benchmarks import modgrok_depth, modgrok_latent
+
+
+def test_every_way_to_skip_blocks_gives_the_same_logits():
+    """`measure_forward` compares them before it times them."""
+    cfg = modgrok.Config(vocab=7, width=8, heads=2, layers=7)
+    rows = modgrok_depth.measure_forward(cfg, kept=[3], batch=2, shots=2, repetitions=1)
+    assert [row["way"] for row in rows] == ["every block", "cond", "gathered", "loop", "pruned"]
+    assert all(row["milliseconds"] >= 0 for row in rows)
+    assert 30 < rows[-1]["flops_percent"] < 50
+
+
+@pytest.mark.slow
+def test_an_experiment_is_recorded_once(tmp_path, monkeypatch, capsys):
+    tiny = {"layers": 3, "width": 8, "tasks": 4, "batch": 8, "shots": 3, "target": 2.0}
+    tiny |= {"steps": 4, "every": 2, "warmup": 1, "soft": 1, "anneal": 1, "optimizer": "adamw"}
+    arguments = ["--experiments", "target", "--seeds", "0", "--output", str(tmp_path), "--set"]
+    arguments += [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in tiny.items()]
+    modgrok_latent.main(arguments)
+    (row,) = map(json.loads, (tmp_path / "target.jsonl").read_text().splitlines())
+    assert row["run"] == dataclasses.asdict(modgrok_latent.Run(**tiny))
+    assert row["kept"] == 3
+    assert row["pruned_difference"] < 1e-6
+    assert row["sampled_se"] > 0
+    assert len(row["random"]) == 10
+    monkeypatch.setattr(modgrok_latent, "train", None)
+    modgrok_latent.main(arguments)
+    assert "| 0    | L=3 pre K=2.0 |" in capsys.readouterr().out
