@@ -1,0 +1,320 @@
+"""What a trained model learned: attention, features, circuits and the algorithm, on one page.
+
+Reads a work directory of modgrok_train, or a checkpoint with the names of the paper's code (.pt,
+.pth, .safetensors or .npz; then say --p, --shots, --num_tasks and --input_fraction as well). Writes
+report.md with figures, scores.json with every score, and the numbers behind them as .npz, one file
+for the network and one for each control: Ratio Matching, Bayes, and a random network, which go
+through the same instruments. stdout ends with one line of JSON.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from launch import UsageError, modgrok_config, modgrok_export, program, rundir
+from launch.flags import field
+
+PROGRAM = "modgrok_inspect"
+PRESETS: dict[str, dict[str, object]] = {"quick": {}, "full": {"size": "full"}}
+CONTROLS = ("random", "ratio_matching", "bayes")
+ENDINGS = (".safetensors", ".npz", ".pt", ".pth")
+# Of the run: read from a work directory, and to be given for a file.
+OF_THE_RUN = ("p", "shots", "heads", "num_tasks", "task_rule", "num_unseen", "input_fraction")
+OF_THE_RUN += ("exclude_zero", "reference_sampling", "extra_tokens")
+NEEDED = ("p", "shots", "num_tasks", "input_fraction")
+_REFERENCE_EXTRA = 18  # unused entries of the vocabulary of the paper's code
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectConfig(program.SpreadConfig):
+    checkpoint: str = field(
+        "",
+        "work directory of modgrok_train, or a .safetensors, .npz, .pt or .pth file",
+        group="Model",
+    )
+    which: Literal["best", "latest"] = field("best", "checkpoint of a work directory to take")
+    p: int | None = field(None, "modulus that the model of a file was trained with", min=5)
+    shots: int | None = field(None, "examples in its sequences", min=3)
+    heads: int | None = field(None, "its attention heads, where the file does not tell", min=1)
+    num_tasks: int | None = field(None, "tasks that it was trained on", min=1)
+    task_rule: Literal["random", "rectangular"] | None = field(None, "how they were chosen")
+    num_unseen: int | None = field(None, "at most this many unseen tasks are tested on", min=2)
+    input_fraction: float | None = field(
+        None, "share of the inputs that it was trained on", min=0, max=1
+    )
+    exclude_zero: bool | None = field(None, "whether the task (0, 0) was left out")
+    reference_sampling: bool | None = field(
+        None, "whether tasks and inputs are those of the paper's code for --task_seed"
+    )
+    task_seed: int = field(0, "seed that chose the tasks and inputs of a file", min=0)
+    extra_tokens: int | None = field(
+        None, "unused entries of its vocabulary; for a file 0 or 18 unless said", min=0
+    )
+
+    size: Literal["quick", "full"] = field(
+        "quick", "repetitions, sequences, shuffles", group="Page"
+    )
+    controls: tuple[str, ...] = field(CONTROLS, "what else to look at", choices=CONTROLS)
+    head: str = field("", "LAYER.HEAD whose components are drawn; empty: the best circle")
+    feature_shot: int | None = field(
+        None, "shot (from 0) whose inputs are varied; none: in the middle", min=0
+    )
+    rows: int = field(1024, "sequences in one forward pass, which bounds memory", min=1)
+
+    def validate(self) -> None:
+        path = Path(self.checkpoint)
+        if not self.checkpoint or not path.exists():
+            raise ValueError(
+                f"--checkpoint={self.checkpoint}: does not exist; expected the folder of a "
+                f"modgrok_train run, or a file ending in {', '.join(ENDINGS)}"
+            )
+        if path.is_dir() and not (path / rundir.CONFIG).is_file():
+            raise ValueError(
+                f"--checkpoint={self.checkpoint}: expected the folder of a modgrok_train run, with "
+                f"its {rundir.CONFIG}"
+            )
+        if not path.is_dir() and path.suffix not in ENDINGS:
+            raise ValueError(
+                f"--checkpoint={self.checkpoint}: expected a folder, or a file ending in "
+                f"{', '.join(ENDINGS)}"
+            )
+        if not path.is_dir():
+            for name in NEEDED:
+                if getattr(self, name) is None:
+                    raise ValueError(
+                        f"--{name}=none: expected a value, since a file does not say how its model "
+                        "was trained"
+                    )
+        if self.head and not _parse_head(self.head):
+            raise ValueError(f"--head={self.head}: expected LAYER.HEAD, such as 1.0, from 0")
+        if len(set(self.controls)) != len(self.controls):
+            raise ValueError(
+                f"--controls={','.join(self.controls)}: expected some of {', '.join(CONTROLS)}, "
+                "each once"
+            )
+
+
+def _parse_head(text: str) -> tuple[int, ...]:
+    parts = text.split(".")
+    return tuple(map(int, parts)) if len(parts) == 2 and all(map(str.isdecimal, parts)) else ()
+
+
+def _files(cfg: InspectConfig) -> Iterable[Path]:
+    path = Path(cfg.checkpoint)
+    if not path.is_dir():
+        return (path,)
+    folder = path / "checkpoints" / cfg.which
+    return (path / rundir.CONFIG, *sorted(x for x in folder.rglob("*") if x.is_file()))
+
+
+def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
+    """Everything that is known to be good before anything is written."""
+    if Path(cfg.checkpoint).is_dir():
+        run, model, params, source = _from_run(cfg)
+    else:
+        run, model, params, source = _from_file(cfg)
+    import jax
+
+    from launch import modgrok_instruments as instruments
+
+    if not all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(params)):
+        raise UsageError(
+            f"--checkpoint={cfg.checkpoint}: has weights that are not finite; expected sound ones"
+        )
+    if run.p < 5:
+        raise UsageError(
+            f"--checkpoint={cfg.checkpoint}: its model has p={run.p}; expected 5 or more, below "
+            "which there are no frequencies to tell apart"
+        )
+    if run.shots < 3:
+        raise UsageError(
+            f"--checkpoint={cfg.checkpoint}: its model has shots={run.shots}; expected 3 or more"
+        )
+    head = _parse_head(cfg.head)
+    if head and not (head[0] < model.layers and head[1] < model.heads):
+        raise UsageError(
+            f"--head={cfg.head}: expected 0.0 to {model.layers - 1}.{model.heads - 1}, the layers "
+            "and heads of this model"
+        )
+    middle = (run.shots - 1) // 2
+    shot = middle if cfg.feature_shot is None else cfg.feature_shot
+    if shot > run.shots - 2:
+        raise UsageError(
+            f"--feature_shot={shot}: expected 0 to {run.shots - 2}, a shot with another after it"
+        )
+    tasks, inputs = modgrok_config.prepare_data(run)
+    gate, posterior = _latent_depth(params)
+    return instruments.Problem(
+        params, model, gate, posterior, tasks, inputs, run.p, run.shots, shot, source
+    )
+
+
+def _from_run(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
+    from launch.checkpoints import Checkpoints
+
+    try:
+        run = modgrok_export.run_settings(cfg.checkpoint)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--workdir=", "--checkpoint=", 1)) from error
+    for name in OF_THE_RUN:
+        asked, there = getattr(cfg, name), getattr(run, name)
+        if asked is not None and asked != there:
+            raise UsageError(
+                f"--{name}={asked}: the run in {cfg.checkpoint} has {name}={there}; expected that, "
+                "or the flag left out"
+            )
+    group_W = None
+    if run.latent_depth:
+        group_W = modgrok_config.task_groups(run, modgrok_config.prepare_data(run)[0])
+    latent = modgrok_config.make_latent(run, group_W)
+    model, tx = modgrok_config.make_model(run, latent)
+    try:
+        with Checkpoints(os.path.join(cfg.checkpoint, "checkpoints")) as checkpoints:
+            like = modgrok_config.abstract_state(run, model, tx, latent)
+            restored = checkpoints.restore(like, which=cfg.which)
+    except UsageError as error:
+        raise UsageError(f"--checkpoint={cfg.checkpoint}: {error}") from error
+    if restored is None:
+        raise UsageError(
+            f"--checkpoint={cfg.checkpoint}: holds no {cfg.which} checkpoint yet; expected a run "
+            "that has saved one"
+        )
+    state = restored.state[0]
+    averaged = "averaged weights" if state.ema is not None else "weights"
+    source = (
+        f"The {cfg.which} checkpoint of a modgrok_train run, step {restored.step}, {averaged}: "
+        + _words(run, model)
+    )
+    return run, model, state.params if state.ema is None else state.ema, source
+
+
+def _from_file(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
+    from modgrok import interop
+
+    try:
+        model, params = interop.load_reference(cfg.checkpoint, heads=cfg.heads)
+    except (OSError, ValueError, ImportError) as error:
+        hint = " (--heads)" if "pass heads=" in str(error) else ""
+        raise UsageError(f"--checkpoint={cfg.checkpoint}: {error}{hint}") from error
+    extra = model.vocab - cfg.p
+    allowed = (0, _REFERENCE_EXTRA) if cfg.extra_tokens is None else (cfg.extra_tokens,)
+    if extra not in allowed:
+        moduli = " or ".join(str(model.vocab - x) for x in allowed if model.vocab > x)
+        raise UsageError(
+            f"--p={cfg.p}: the model of {cfg.checkpoint} has {model.vocab} tokens; expected "
+            f"--p={moduli}, or --extra_tokens={max(extra, 0)} if the rest of them are unused"
+        )
+    given = {name: getattr(cfg, name) for name in OF_THE_RUN if getattr(cfg, name) is not None}
+    run = modgrok_config.TrainConfig(
+        **{**given, "extra_tokens": extra, "heads": model.heads},
+        seed=cfg.task_seed,
+        width=model.width,
+        layers=model.layers,
+        mlp_ratio=model.mlp_ratio,
+        batch=cfg.num_tasks,
+    )
+    try:
+        run.validate()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return run, model, params, f"The model of a file: {_words(run, model)}"
+
+
+def _words(run: Any, model: Any) -> str:
+    return (
+        f"p = {run.p}, {run.num_tasks} tasks trained on, {run.input_fraction:.0%} of the inputs, "
+        f"{run.shots} shots, {model.layers} blocks of width {model.width} with {model.heads} heads."
+    )
+
+
+def _latent_depth(params: Any) -> tuple[Any, Any]:
+    """Rounded gates of a task in no group, and what the gates say; None where there are none."""
+    if "gates" not in params:
+        return None, None
+    from modgrok import latent_depth
+
+    logits_L = latent_depth.shared_logits(params["gates"]["logits_GL"])
+    return latent_depth.rounded(logits_L), latent_depth.posterior(params)
+
+
+def _work(
+    cfg: InspectConfig, problem: Any, folder: rundir.RunDir, say: Callable[..., None]
+) -> tuple[dict[str, Any], program.Arrays]:
+    from launch import modgrok_inspect_page as pages
+    from launch import modgrok_inspect_scores as scoring
+    from launch import modgrok_instruments as instruments
+    from launch import parallel
+
+    size = instruments.SIZES[cfg.size]
+    mesh = parallel.make_mesh(cfg.devices)
+    # Rows are spread evenly; the devices of a simulated mesh may be more than the quick size has.
+    rows = -(-size.sequences // mesh.size) * mesh.size
+    look = instruments.Look(
+        problem, size._replace(sequences=rows), program.key_for(cfg, 1), cfg.rows, mesh, say
+    )
+    names = ("network", *cfg.controls)
+    say(f"{problem.source} Looking at {', '.join(names)}; compiling first")
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    for name in names:
+        arrays[name] = instruments.measure(name, look)
+    own = arrays["network"]
+    circle_LH = own["circle_log_RLHC"][..., :2].mean((0, -1))
+    best = np.unravel_index(circle_LH.argmax(), circle_LH.shape)
+    own["drawn_head"] = np.array(_parse_head(cfg.head) or best)
+    if problem.posterior is not None:
+        for name, value in problem.posterior._asdict().items():
+            own[f"posterior_{name}"] = np.asarray(value)
+    scores = {name: scoring.scores(arrays[name]) for name in names}
+    about = pages.About(
+        command=_command(cfg),
+        source=problem.source,
+        modulus=problem.modulus,
+        shots=problem.shots,
+        feature_shot=problem.feature_shot,
+        size=cfg.size,
+        repetitions=size.repetitions,
+        sequences=rows,
+        figures=cfg.figures,
+    )
+    folder.save_text("scores.json", json.dumps(scores, allow_nan=False) + "\n")
+    folder.save_text("report.md", pages.page(scores, about))
+    heads = {name: scoring.plain(scoring.headline(score)) for name, score in scores.items()}
+    return {"report": "report.md", "scores": heads.pop("network"), "controls": heads}, arrays
+
+
+def _command(cfg: InspectConfig) -> str:
+    """The flags on which the numbers depend."""
+    words = ["python", "-m", f"launch.{PROGRAM}"]
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.name not in (*program.FREE, "rows") and value != f.default:
+            text = ",".join(value) if isinstance(value, tuple) else value
+            words.append(f"--{f.name}={str(text).lower() if isinstance(text, bool) else text}")
+    return shlex.join(words)
+
+
+def _draw(arrays: program.Arrays) -> dict[str, Any]:
+    from launch import modgrok_inspect_drawings
+
+    return modgrok_inspect_drawings.draw(arrays)
+
+
+_PROGRAM = program.Program(PROGRAM, _files, _prepare, _work, _draw, free=("rows",))
+
+
+def main(cfg: InspectConfig) -> int:
+    return program.main(_PROGRAM, cfg)
+
+
+def cli() -> None:
+    program.cli(_PROGRAM, InspectConfig, PRESETS, __doc__)
+
+
+if __name__ == "__main__":
+    cli()

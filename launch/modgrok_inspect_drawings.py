@@ -1,0 +1,123 @@
+"""The figures of modgrok_inspect, from its arrays alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from launch.modgrok_inspect_page import FITS, TITLES
+from launch.modgrok_inspect_scores import Arrays, changes, patching
+from launch.modgrok_instruments import UNSEEN, match_of
+from modgrok import interpret_figures, interventions, latent_figures
+
+
+def draw(all_arrays: Mapping[str, Arrays]) -> dict[str, Any]:
+    """Every figure of the page."""
+    own, make = all_arrays["network"], interpret_figures
+    modulus = own["grid_right_KCpp"].shape[-1]
+    titles = {name: TITLES[name] for name in TITLES if name in all_arrays}
+    shot_K = own["grid_shot_K"]
+    grid = {TITLES[name]: all_arrays[name]["grid_right_KCpp"][:, 0] for name in titles}
+    grid |= {
+        "known to RM": own["grid_ratio_KCpp"][:, 0],
+        "known to regression": own["grid_regression_KCpp"][:, 0],
+    }
+    layer, head = own["drawn_head"]
+    fit = {kind: own[f"circle_{kind}_RLHC"][0, layer, head, :2].mean() for kind in FITS}
+    null = {kind: np.quantile(own[f"embedding_{kind}_null_Z"], 0.95) for kind in FITS}
+    figures = {
+        "grids": make.shot_grids(grid, shot_K),
+        "shots": make.curves(
+            {
+                label: all_arrays[name]["accuracy_R4S"][:, UNSEEN].mean(0)
+                for name, label in titles.items()
+            },
+            xlabel="examples (unseen tasks, train inputs)",
+            ylabel="accuracy",
+        ),
+        "corruption": make.corruption_maps(
+            {TITLES[name]: all_arrays[name]["corruption_accuracy_SS"].mean(0) for name in titles}
+        ),
+        "several": make.curves(
+            {TITLES[name]: all_arrays[name]["several_RS"].mean(0) for name in titles},
+            xlabel=f"wrong labels among {own['several_RS'].shape[-1] - 1} examples",
+            ylabel="accuracy",
+        ),
+        "attention": make.attention_maps(own["attention_LHTT"][..., :48, :48]),
+        "heads": make.head_scores(
+            {
+                "previous token": own["attention_previous_RLH"].mean(0),
+                "own x": own["attention_own_x_RLH"].mean(0),
+                "first token": own["attention_first_RLH"].mean(0),
+                "same ratio": own["attention_ratio_RLH"].mean(0),
+                "ratio choice": own["attention_ratio_choice_RLH"].mean(0),
+            }
+        ),
+        "offsets": make.attention_by_offset(own["attention_offset_LH3T"]),
+        "circle": make.circle_of_circles(
+            own["component_LHN2"][layer, head],
+            modulus=modulus,
+            title=f"head {layer}.{head}: R² {fit['log']:.2f} log, {fit['additive']:.2f} additive "
+            "(first repetition)",
+        ),
+        "similarity": make.similarity_maps(
+            {
+                f"after block {i}, at {place}": own[f"similarity_{place}_LNN"][i]
+                for place in "yz"
+                for i in range(len(own["similarity_y_LNN"]))
+            }
+        ),
+        "spectrum": make.token_spectrum(
+            own["embedding_log_Q"],
+            own["embedding_additive_Q"],
+            zero=1 - own["embedding_log_Q"].sum(),
+            limit=null,
+        ),
+        "neurons": make.neuron_fits(
+            {kind: own[f"neuron_{kind}_RLF"][0] for kind in FITS},
+            {kind: own[f"neuron_{kind}_null_ZLF"] for kind in FITS},
+        ),
+    }
+    if own["embedding_component_pC"].shape[1] == 3:
+        figures["embedding"] = make.embedding_components(
+            own["embedding_component_pC"], modulus=modulus
+        )
+    if "head_zero_accuracy_R4GS" in own:
+        figures |= _intervention_figures(own)
+    if "posterior_inclusion_GL" in own:
+        figures["posterior"] = latent_figures.posterior_map(own["posterior_inclusion_GL"])
+    return figures
+
+
+def _intervention_figures(own: Arrays) -> dict[str, Any]:
+    make = interpret_figures
+    layers, heads = own["attention_LHTT"].shape[:2]
+    shots = own["accuracy_R4S"].shape[-1]
+    bars = {
+        kind: interventions.interval(changes(own, f"head_{kind}_accuracy_R4GS")[:, UNSEEN])
+        for kind in interventions.KINDS
+    }
+    accuracy_GS = own["head_mean_accuracy_R4GS"][:, UNSEEN].mean(0)
+    names = ["untouched", *(f"without {i}.{j}" for i, j in np.ndindex(layers, heads))]
+    effect_R = own["patched_clean_R"] - own["patched_corrupt_R"]
+    gained_LT = (own["patched_residual_RLT"] - own["patched_corrupt_R"][:, None, None]).mean(0)
+    figures = {
+        "ablation": make.effects_of_heads(bars, layers, heads),
+        "ablation_shots": make.curves(
+            dict(zip(names, accuracy_GS, strict=True)),
+            xlabel="examples (unseen tasks, train inputs; mean in place of a head)",
+            ylabel="accuracy",
+        ),
+        "lens": make.curves(
+            {
+                "embedding" if i == 0 else f"after block {i - 1}": row
+                for i, row in enumerate(own["lens_accuracy_RLS"].mean(0))
+            },
+            xlabel="examples (unseen tasks, train inputs)",
+            ylabel="accuracy",
+        ),
+    }
+    if patching(own)["effect_beyond_zero"]:
+        share_LT = gained_LT / effect_R.mean()
+        figures["patching"] = make.patching_map(share_LT, match=match_of(shots))
+    return figures

@@ -1,0 +1,384 @@
+"""The page of modgrok_inspect: what each score says of every subject, then by head and layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from launch.modgrok_inspect_scores import ATTENTION, headline
+from launch.modgrok_instruments import match_of
+from modgrok import interventions
+
+FITS = ("log", "additive")  # the bases, in the order of the tables
+TITLES = {
+    "network": "this network",
+    "random": "random network",
+    "ratio_matching": "Ratio Matching",
+    "bayes": "Bayes",
+}
+
+
+class About(NamedTuple):
+    """What the page says of itself."""
+
+    command: str
+    source: str
+    modulus: int
+    shots: int
+    feature_shot: int
+    size: str
+    repetitions: int
+    sequences: int
+    figures: bool
+
+
+def page(all_scores: Mapping[str, dict[str, Any]], about: About) -> str:
+    """Markdown: what each score says of every subject, then each instrument by head and layer."""
+    names = list(all_scores)
+    own = all_scores["network"]
+    heads = {name: headline(score) for name, score in all_scores.items()}
+    chance = 1 / about.modulus
+    last = about.shots - 1
+    rows = [
+        ["accuracy, seen tasks, train inputs", "accuracy_seen_train"],
+        ["accuracy, seen tasks, held-out inputs", "accuracy_seen_heldout"],
+        ["accuracy, unseen tasks, train inputs", "accuracy_unseen_train"],
+        ["accuracy, unseen tasks, held-out inputs", "accuracy_unseen_heldout"],
+        [f"grids, k = {last}: right where both algorithms know", "accuracy_known_to_both"],
+        ["grids: right where only regression knows", "accuracy_known_to_regression_only"],
+        ["answers what a corrupted example on the line asks for", "follows_corrupt_example"],
+        ["change by a corrupted label on the query's line", "corruption_on_the_line"],
+        ["change by a corrupted label elsewhere", "corruption_elsewhere"],
+        ["best head: previous token", "best_previous"],
+        ["best head: own x, seen from y", "best_own_x"],
+        ["best head: first token", "best_first"],
+        [f"best head: same ratio (uniform {_n(heads['network']['ratio_uniform'])})", "best_ratio"],
+        [
+            "best head: same ratio among earlier answers (uniform "
+            f"{_n(heads['network']['ratio_choice_uniform'])})",
+            "best_ratio_choice",
+        ],
+        ["best head: circle of circles, log basis, R²", "best_circle_log"],
+        ["best head: circle of circles, additive basis, R²", "best_circle_additive"],
+        ["embedding: best frequency, log basis, R²", "embedding_log"],
+        ["embedding: best frequency, additive basis, R²", "embedding_additive"],
+        ["neurons beyond shuffled tokens (.05 by chance), log basis", "neurons_log"],
+        ["neurons beyond shuffled tokens, additive basis", "neurons_additive"],
+        ["x / y decides similarity at y: within minus between", "ratio_similarity_y"],
+        ["x / y decides similarity at z", "ratio_similarity_z"],
+    ]
+    parts = [
+        "# What was learned",
+        f"`{about.command}`",
+        f"{about.source} Chance is {chance:.3f}. Size {about.size}: {about.repetitions} "
+        f"repetitions of {about.sequences} sequences a set; [low, high] are 95 % intervals of "
+        "Student's t over repetitions. Shots, layers, heads and tokens count from 0; 0.1 is head 1 "
+        "of layer 0. Definitions are in the docstrings of `modgrok/interpret.py`, `fourier.py`, "
+        "`grids.py` and `interventions.py`. The same instruments looked at the controls: Ratio "
+        "Matching and Bayes in the clothes of a network (`modgrok/controls.py`), and a network of "
+        "the same shape with random weights.",
+        table(
+            ["", *(TITLES[name] for name in names)],
+            [[label, *(_n(heads[name].get(key)) for name in names)] for label, key in rows],
+        ),
+        *_behaviour_page(all_scores, about),
+        *_inside_page(own, about),
+        *(_interventions_page(own, about) if "ablation" in own else ()),
+        *(_depth_page(own, about) if "latent_depth" in own else ()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _behaviour_page(all_scores: Mapping[str, dict[str, Any]], about: About) -> list[str]:
+    own, names = all_scores["network"], list(all_scores)
+    grid = own["grids"]
+    lines = [
+        [
+            str(k),
+            *(
+                f"{_n(grid[f'accuracy_{part}'][i])} ({grid[f'queries_{part}'][i]:.0f})"
+                for part in ("known_to_both", "known_to_regression_only", "known_to_none")
+            ),
+            *(
+                _n(grid[f"{mask}_{part}"][i])
+                for mask in ("ratio_matching", "regression")
+                for part in ("precision", "recall")
+            ),
+        ]
+        for i, k in enumerate(grid["shots"])
+    ]
+    follows = [
+        [TITLES[name], *(_i(all_scores[name]["follows_example_on_the_line"][x]) for x in x_names)]
+        for x_names in [("clean", "corrupt")]
+        for name in names
+    ]
+    for row, name in zip(follows, names, strict=True):
+        corruption = all_scores[name]["label_corruption"]
+        row += [_i(corruption[x]) for x in ("change_on_the_line", "change_elsewhere")]
+    return [
+        "## Which queries it answers",
+        "Every query (x, y) after k examples, unseen tasks on train inputs; means over contexts. "
+        "Ratio Matching knows queries on the line of an example through the origin, modular "
+        "regression those in the span of the examples. Accuracy by who knows, with the number of "
+        f"such queries of {about.modulus**2}; then precision and recall of the right answers "
+        "against both masks.",
+        table(
+            [
+                "k",
+                "both know",
+                "only regression",
+                "none",
+                "RM precision",
+                "RM recall",
+                "regression precision",
+                "regression recall",
+            ],
+            lines,
+        ),
+        *_figure("Grids of one context", "grids", about),
+        *_figure("Accuracy by number of examples", "shots", about),
+        "## Which examples it uses",
+        "Pairs of prompts with one example on the query's line differ in the label of that example "
+        f"(shot {match_of(about.shots)}); how often the answer is the one that this label asks "
+        "for. Then the mean change of accuracy at later shots by a corrupted label, where it is on "
+        "the query's line and where it is not.",
+        table(
+            ["", "follows clean", "follows corrupt", "change, on the line", "change, elsewhere"],
+            follows,
+        ),
+        *_figure("Accuracy after one corrupted label", "corruption", about),
+        *_figure("Accuracy after several corrupted labels", "several", about),
+    ]
+
+
+def _inside_page(own: dict[str, Any], about: About) -> list[str]:
+    attention, features, neurons = own["attention"], own["head_features"], own["neurons"]
+    embedding, ratio = own["embedding"], own["ratio_similarity"]
+    names = _head_names(np.shape(attention["previous"]["mean"]))
+    lines = [
+        [
+            name,
+            *(_n(attention[score]["mean"][i][j]) for score in ATTENTION),
+            *(_n(features["explained"][i][j][c]) for c in range(2)),
+            *(
+                f"{_n(features[kind]['mean'][i][j])} ({_n(features[kind]['shuffled_95'][i][j])})"
+                for kind in ("log", "additive")
+            ),
+            *(
+                f"{_n(ratio[place]['mean'][i][j])} (p = {_n(ratio[place]['p_value'][i][j])})"
+                for place in "yz"
+            ),
+        ]
+        for name, (i, j) in names.items()
+    ]
+    baseline = ["uniform", *(_n(attention[score]["uniform"]) for score in ATTENTION), *[""] * 6]
+    streams = [
+        [
+            f"stream after block {i}",
+            *[""] * 9,
+            *(
+                f"{_n(ratio[place]['mean'][i][-1])} (p = {_n(ratio[place]['p_value'][i][-1])})"
+                for place in "yz"
+            ),
+        ]
+        for i in range(len(neurons["live"]))
+    ]
+    layers = [
+        [
+            str(i),
+            _n(neurons["live"][i]),
+            *(
+                _n(neurons[kind][part][i])
+                for kind in ("log", "additive")
+                for part in ("mean_r2", "mean_r2_shuffled", "beyond_shuffled", "best_r2")
+            ),
+            *("(" + ", ".join(map(str, neurons[k]["best_mode"][i])) + ")" for k in FITS),
+        ]
+        for i in range(len(neurons["live"]))
+    ]
+    basis = [
+        [
+            kind,
+            " ".join(_n(x) for x in embedding[kind]["share_by_frequency"]),
+            _n(embedding[kind]["shuffled_95"]),
+            _n(embedding[kind]["p_value"]),
+            " ".join(_n(x) for x in embedding[kind]["components"]),
+        ]
+        for kind in FITS
+    ]
+    return [
+        "## Heads",
+        "Attention scores, of uniform attention in the first row; shares of the variance in the "
+        "first two components of a head's output at x and y of shot "
+        f"{about.feature_shot} over all {features['inputs']} inputs; R² of their circle of circles "
+        f"({features['degrees_of_freedom']} degrees of freedom), with 95 % of shuffled tokens in "
+        "brackets; cosine similarity within ratios minus between, with the p-value of renamed y "
+        f"({about.modulus - 1} of the ({about.modulus} - 1)! ways to rename keep the ratios "
+        "together, so that it need not reach the smallest value there is).",
+        table(
+            [
+                "head",
+                "previous",
+                "own x",
+                "first",
+                "same ratio",
+                "ratio choice",
+                "component 1",
+                "2",
+                "circle, log",
+                "circle, additive",
+                "x/y at y",
+                "x/y at z",
+            ],
+            [baseline, *lines, *streams],
+        ),
+        *_figure("Attention on one sequence", "attention", about),
+        *_figure("Attention scores", "heads", about),
+        *_figure("Attention by offset", "offsets", about),
+        *_figure("Circle of circles", "circle", about),
+        *_figure("Cosine similarity of all inputs", "similarity", about),
+        "## Embedding",
+        f"Share of the variance by frequency 1, 2, ...; the zero token has "
+        f"{_n(embedding['zero_token'])} in the log basis. The first components explain "
+        + ", ".join(_n(x) for x in embedding["explained"])
+        + ".",
+        table(
+            ["basis", "shares", "shuffled, 95 %", "p", "best share of components 1, 2, 3"], basis
+        ),
+        *_figure("Components of the embedding", "embedding", about),
+        *_figure("Spectrum of the embedding", "spectrum", about),
+        "## Neurons",
+        f"Of {neurons['number']} neurons in each layer at y of shot {about.feature_shot}: the best "
+        "mode (t, u) of x and y has R²; shuffled tokens; share of live neurons beyond 95 % of "
+        "their own shuffles (.05 by chance).",
+        table(
+            [
+                "layer",
+                "live",
+                *(
+                    f"{kind}: {part}"
+                    for kind in FITS
+                    for part in ("mean R²", "shuffled", "beyond", "best")
+                ),
+                *(f"{kind}: best mode" for kind in FITS),
+            ],
+            layers,
+        ),
+        *_figure("Best fits of the neurons", "neurons", about),
+    ]
+
+
+def _interventions_page(own: dict[str, Any], about: About) -> list[str]:
+    ablation, patching, lens = own["ablation"], own["patching"], own["logit_lens"]
+    heads = ablation["heads"]
+    lines = [
+        [
+            name,
+            *(_i(heads[kind][name]["unseen_train"]) for kind in interventions.KINDS),
+            *(_i(heads["mean"][name][x]) for x in ("seen_train", "seen_heldout")),
+            _i(heads["mean"][name]["unseen_heldout"]),
+        ]
+        for name in heads["zero"]
+    ]
+    groups = ablation["neuron_groups"]
+    group_lines = [
+        [name, *(_i(groups[kind][name]["unseen_train"]) for kind in interventions.KINDS)]
+        for name in groups["zero"]
+    ]
+    if patching["effect_beyond_zero"]:
+        share_LT = np.array(patching["share_residual"], float)
+        at = 3 * match_of(about.shots) + 2
+        stream = [
+            [str(layer), _n(share_LT[layer, at]), _n(share_LT[layer, -1])]
+            for layer in range(len(share_LT))
+        ]
+        share_LH = np.array(patching["share_head"], float)
+        names = _head_names(share_LH.shape)
+        patched = [
+            "Put back into the corrupt run, the clean stream at the z of that example, or at the "
+            "last position, recovers this share of it:",
+            table(["after block", "at z of the example", "at the query's y"], stream),
+            "and the clean output of a head (all positions): "
+            + ", ".join(f"{name} {_n(share_LH[at])}" for name, at in names.items())
+            + ".",
+            *_figure("Share of the effect recovered", "patching", about),
+        ]
+    else:
+        patched = ["Its interval contains 0: there is nothing to recover."]
+    singles = ", ".join(
+        f"{row['neuron']} {_i(row['loss'])}" for row in ablation["single_neurons"][:5]
+    )
+    return [
+        "## What it needs",
+        "Change of accuracy at the last shot with one head silenced: on unseen tasks, train "
+        "inputs, by zero, mean and resample; then by mean on the other sets.",
+        table(
+            [
+                "head",
+                *interventions.KINDS,
+                "seen, train (mean)",
+                "seen, held-out (mean)",
+                "unseen, held-out (mean)",
+            ],
+            lines,
+        ),
+        *_figure("Heads silenced", "ablation", about),
+        *_figure("Heads silenced, by number of examples", "ablation_shots", about),
+        "Groups of neurons, unseen tasks, train inputs: the tenth of a layer with the best fit in "
+        "each basis, a tenth at random, all.",
+        table(["layer.group", *interventions.KINDS], group_lines),
+        f"Single neurons whose mean in their place costs most loss (nats): {singles}.",
+        "## Where the answer is",
+        "Prompts that differ in the label of the one example on the query's line: the logit of the "
+        "clean answer minus that of the corrupt one differs by "
+        f"{_i(patching['effect_logits'])} between the two.",
+        *patched,
+        "Read by the final norm and unembedding before the first block and after each (unseen "
+        "tasks, train inputs, last shot): accuracy "
+        + ", ".join(_n(x) for x in lens["accuracy_by_layer"])
+        + "; loss "
+        + ", ".join(_n(x) for x in lens["loss_by_layer"])
+        + " nats.",
+        *_figure("Logit lens", "lens", about),
+    ]
+
+
+def _depth_page(own: dict[str, Any], about: About) -> list[str]:
+    depth = own["latent_depth"]
+    lines = [
+        [str(g), _n(depth["expected_depth_G"][g]), str(depth["kept_G"][g])]
+        for g in range(len(depth["kept_G"]))
+    ]
+    return [
+        "## Latent depth",
+        "Everything above is with the rounded gates of a task in no group. Blocks that each group "
+        "expects and keeps:",
+        table(["group", "expected depth", "kept"], lines),
+        *_figure("Inclusion by group and layer", "posterior", about),
+    ]
+
+
+def _head_names(shape: tuple[int, ...]) -> dict[str, tuple[int, int]]:
+    return {f"{i}.{j}": (i, j) for i, j in np.ndindex(*shape)}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _n(value: float | str | None) -> str:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return "-"
+    # Adding 0 makes the -0.0 that rounding leaves a plain 0.
+    return value if isinstance(value, str) else f"{round(float(value), 2) + 0.0:.2f}"
+
+
+def _i(values: Sequence[float | None]) -> str:
+    mean, low, high = values
+    return _n(mean) if low is None else f"{_n(mean)} [{_n(low)}, {_n(high)}]"
+
+
+def _figure(title: str, name: str, about: About) -> list[str]:
+    return [f"![{title}](figures/{name}.png)"] if about.figures else []

@@ -1,0 +1,293 @@
+"""From the arrays of modgrok_inspect to its scores.
+
+Scores are plain numbers. One with repetitions is a list [mean, low, high] with a 95 % interval of
+Student's t; the best head or neuron is chosen by its mean, which favours all subjects alike.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.modgrok_instruments import GROUPS, UNSEEN
+from modgrok import evaluation, grids, interventions
+
+Arrays = Mapping[str, np.ndarray]
+ATTENTION = ("previous", "own_x", "first", "ratio", "ratio_choice")
+
+
+def scores(arrays: Arrays) -> dict[str, Any]:
+    """Every score of one subject, nested; from the arrays alone."""
+    result = {
+        "accuracy_last_shot": {
+            name: _spread(arrays["accuracy_R4S"][:, i, -1])
+            for i, name in enumerate(evaluation.SETS)
+        },
+        "accuracy_by_shot": {
+            name: arrays["accuracy_R4S"][:, i].mean(0) for i, name in enumerate(evaluation.SETS)
+        },
+        "follows_example_on_the_line": {
+            "clean": _spread(arrays["follows_clean_R"]),
+            "corrupt": _spread(arrays["follows_corrupt_R"]),
+        },
+        "label_corruption": {
+            "change_on_the_line": _spread(arrays["corruption_matched"]),
+            "change_elsewhere": _spread(arrays["corruption_unmatched"]),
+            "accuracy_with_wrong_labels": arrays["several_RS"].mean(0),
+        },
+        "grids": _grids(arrays),
+        "attention": _attention(arrays),
+        "head_features": _head_features(arrays),
+        "embedding": _embedding(arrays),
+        "neurons": _neurons(arrays),
+        "ratio_similarity": {place: _ratio(arrays, place) for place in "yz"},
+    }
+    if "head_zero_accuracy_R4GS" in arrays:
+        result["ablation"] = _ablation(arrays)
+        result["patching"] = patching(arrays)
+        result["logit_lens"] = {
+            "accuracy_by_layer": arrays["lens_accuracy_RLS"][..., -1].mean(0),
+            "loss_by_layer": arrays["lens_loss_RLS"][..., -1].mean(0),
+        }
+    if "posterior_inclusion_GL" in arrays:
+        prefix = "posterior_"
+        result["latent_depth"] = {
+            name.removeprefix(prefix): value
+            for name, value in arrays.items()
+            if name.startswith(prefix)
+        }
+    return plain(result)
+
+
+def plain(value: Any) -> Any:
+    """As strict JSON has it, numbers to five digits; what is not finite is null."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, str) or value is None:
+        return value
+    array = np.asarray(value)
+    if array.ndim:
+        return [plain(item) for item in array]
+    if array.dtype.kind in "biu":
+        return array.item()
+    return float(f"{float(array):.5g}") if np.isfinite(array) else None
+
+
+def _spread(value_R: np.ndarray) -> list[float]:
+    return list(interventions.interval(value_R))
+
+
+def _spreads(value_RLX: np.ndarray) -> dict[str, Any]:
+    """Of each head, and which is the best."""
+    mean, low, high = interventions.interval(value_RLX)
+    if np.isnan(mean).all():
+        return {"mean": mean, "low": low, "high": high, "best": None, "best_head": None}
+    at = np.unravel_index(np.nanargmax(mean), mean.shape)
+    best = {"best": [mean[at], low[at], high[at]], "best_head": ".".join(map(str, at))}
+    return {"mean": mean, "low": low, "high": high, **best}
+
+
+def _grids(arrays: Arrays) -> dict[str, Any]:
+    """By k: overlap with the masks, and accuracy on what only one of the algorithms knows."""
+    right, ratio, regression = (
+        arrays[f"grid_{name}_KCpp"].astype(float) for name in ("right", "ratio", "regression")
+    )
+    result: dict[str, Any] = {"shots": arrays["grid_shot_K"]}
+    for name, mask in (("ratio_matching", ratio), ("regression", regression)):
+        found = grids.overlap(right, mask)
+        for part in ("precision", "recall", "outside"):
+            # Means over contexts; where the mask is everything nothing is outside.
+            values_KC = np.asarray(getattr(found, f"{part}_KC"), float)
+            result[f"{name}_{part}"] = [_mean(row) for row in values_KC]
+    parts = {"known_to_both": ratio, "known_to_regression_only": regression * (1 - ratio)}
+    parts["known_to_none"] = 1 - regression
+    for name, mask in parts.items():
+        total_K = mask.sum((1, 2, 3))
+        hits_K = (right * mask).sum((1, 2, 3))
+        result[f"accuracy_{name}"] = [
+            h / t if t else np.nan for h, t in zip(hits_K, total_K, strict=True)
+        ]
+        result[f"queries_{name}"] = total_K / right.shape[1]
+    return result
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return known.mean() if len(known) else np.nan
+
+
+def _attention(arrays: Arrays) -> dict[str, Any]:
+    return {
+        name: {
+            "uniform": _mean(arrays[f"attention_{name}_uniform_R"]),
+            **_spreads(arrays[f"attention_{name}_RLH"]),
+        }
+        for name in ATTENTION
+    }
+
+
+def _head_features(arrays: Arrays) -> dict[str, Any]:
+    """Circle of circles: R^2 of the first two components, beside 95 % of shuffled tokens."""
+    result: dict[str, Any] = {"explained": arrays["explained_RLHC"].mean(0)}
+    for kind in ("log", "additive"):
+        fit = _spreads(arrays[f"circle_{kind}_RLHC"][..., :2].mean(-1))
+        null_ZLH = arrays[f"circle_{kind}_null_ZLHC"][..., :2].mean(-1)
+        fit["shuffled_95"] = np.quantile(null_ZLH, 0.95, axis=0)
+        first_LH = arrays[f"circle_{kind}_RLHC"][0, ..., :2].mean(-1)
+        fit["p_value"] = _p_values(first_LH, null_ZLH)
+        fit["components"] = arrays[f"circle_{kind}_RLHC"].mean(0)
+        result[kind] = fit
+    result["degrees_of_freedom"] = 5
+    result["inputs"] = arrays["component_LHN2"].shape[2]
+    return result
+
+
+def _p_values(found: np.ndarray, null: np.ndarray) -> np.ndarray:
+    # A little slack: what equals the null up to rounding is not above it.
+    return (1 + (null >= found - 1e-6).sum(0)) / (1 + len(null))
+
+
+def _embedding(arrays: Arrays) -> dict[str, Any]:
+    result: dict[str, Any] = {"explained": arrays["embedding_explained_C"]}
+    for kind in ("log", "additive"):
+        share_Q, null_Z = arrays[f"embedding_{kind}_Q"], arrays[f"embedding_{kind}_null_Z"]
+        result[kind] = {
+            "share_by_frequency": share_Q,
+            "best": share_Q.max(),
+            "best_frequency": 1 + share_Q.argmax(),
+            "shuffled_95": np.quantile(null_Z, 0.95),
+            "p_value": _p_values(share_Q.max(), null_Z),
+            "components": arrays[f"embedding_component_{kind}_CQ"].max(-1),
+        }
+    result["zero_token"] = 1 - arrays["embedding_log_Q"].sum()
+    return result
+
+
+def _neurons(arrays: Arrays) -> dict[str, Any]:
+    """Share of a layer's neurons whose best R^2 exceeds 95 % of the same neuron's shuffles."""
+    live_LF = arrays["neuron_deviation_LF"] > 1e-6
+    result: dict[str, Any] = {"live": live_LF.mean(1), "number": live_LF.shape[1]}
+    for kind in ("log", "additive"):
+        fit_LF = arrays[f"neuron_{kind}_RLF"][0]
+        limit_LF = np.quantile(arrays[f"neuron_{kind}_null_ZLF"], 0.95, axis=0)
+        beyond_LF = (fit_LF > limit_LF + 1e-6) & live_LF
+        mode_LF2 = arrays[f"neuron_{kind}_mode_LF2"]
+        best_L = np.where(live_LF, fit_LF, -1).argmax(1)
+        layers = np.arange(len(best_L))
+        result[kind] = {
+            "beyond_shuffled": beyond_LF.sum(1) / np.maximum(live_LF.sum(1), 1),
+            "mean_r2": [_mean(f[on]) for f, on in zip(fit_LF, live_LF, strict=True)],
+            "mean_r2_shuffled": [
+                _mean(null[..., on].ravel())
+                for null, on in zip(
+                    np.moveaxis(arrays[f"neuron_{kind}_null_ZLF"], 1, 0), live_LF, strict=True
+                )
+            ],
+            "best_r2": fit_LF.max(1),
+            "best_mode": mode_LF2[layers, best_L],
+        }
+    return result
+
+
+def _ratio(arrays: Arrays, place: str) -> dict[str, Any]:
+    within, between = (arrays[f"ratio_{x}_{place}_RLX"] for x in ("within", "between"))
+    result = _spreads(within - between)
+    null_RZLX = arrays[f"ratio_null_{place}_RZLX"]
+    result["p_value"] = _p_values((within - between)[0], null_RZLX[0])
+    result["shuffled_95"] = np.quantile(null_RZLX[0], 0.95, axis=0)
+    return result
+
+
+def _ablation(arrays: Arrays) -> dict[str, Any]:
+    """Changes at the last shot: accuracy on the four sets, loss on unseen tasks, train inputs."""
+    result: dict[str, Any] = {"heads": {}, "neuron_groups": {}}
+    layers, heads = arrays["attention_LHTT"].shape[:2]
+    names = [f"{layer}.{head}" for layer, head in np.ndindex(layers, heads)]
+    groups = [f"{layer}.{group}" for layer in range(layers) for group in GROUPS]
+    for kind in interventions.KINDS:
+        change_R4G, loss_R4G = (
+            changes(arrays, f"head_{kind}_{x}_R4GS") for x in ("accuracy", "loss")
+        )
+        result["heads"][kind] = {
+            name: {
+                **{x: _spread(change_R4G[:, i, at]) for i, x in enumerate(evaluation.SETS)},
+                "loss_unseen_train": _spread(loss_R4G[:, UNSEEN, at]),
+            }
+            for at, name in enumerate(names)
+        }
+        change_RG, loss_RG = (
+            changes(arrays, f"hidden_{kind}_{x}_RGS") for x in ("accuracy", "loss")
+        )
+        result["neuron_groups"][kind] = {
+            name: {
+                "unseen_train": _spread(change_RG[:, at]),
+                "loss_unseen_train": _spread(loss_RG[:, at]),
+            }
+            for at, name in enumerate(groups)
+        }
+    loss_RG = changes(arrays, "hidden_mean_loss_RGS")[:, len(groups) :]
+    result["single_neurons"] = [
+        {"neuron": ".".join(map(str, arrays["single_G2"][i])), "loss": _spread(loss_RG[:, i])}
+        for i in np.argsort(-loss_RG.mean(0))[:10]
+    ]
+    return result
+
+
+def changes(arrays: Arrays, name: str) -> np.ndarray:
+    """At the last shot, against the untouched network, which is the first group."""
+    last = arrays[name][..., -1]
+    return last[..., 1:] - last[..., :1]
+
+
+def patching(arrays: Arrays) -> dict[str, Any]:
+    """Shares are of mean differences, so that a small one in one repetition does no harm."""
+    effect_R = arrays["patched_clean_R"] - arrays["patched_corrupt_R"]
+    effect = _spread(effect_R)
+    there = bool(effect[1] > 0 or effect[2] < 0)
+    result: dict[str, Any] = {"effect_logits": effect, "effect_beyond_zero": there}
+    for site, axes in (("residual", "RLT"), ("head", "RLH")):
+        gained = arrays[f"patched_{site}_{axes}"] - arrays["patched_corrupt_R"][:, None, None]
+        result[f"gained_logits_{site}"] = gained.mean(0)
+        share = gained.mean(0) / effect_R.mean() if there else np.full(gained.shape[1:], np.nan)
+        result[f"share_{site}"] = share
+    return result
+
+
+def headline(score: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of the last line of stdout, and of the table at the top of the page."""
+    features, attention = score["head_features"], score["attention"]
+    found = {
+        **{f"accuracy_{k}": v[0] for k, v in score["accuracy_last_shot"].items()},
+        "follows_corrupt_example": score["follows_example_on_the_line"]["corrupt"][0],
+        "accuracy_known_to_both": score["grids"]["accuracy_known_to_both"][-1],
+        "accuracy_known_to_regression_only": _last(
+            score["grids"]["accuracy_known_to_regression_only"]
+        ),
+        "corruption_on_the_line": score["label_corruption"]["change_on_the_line"][0],
+        "corruption_elsewhere": score["label_corruption"]["change_elsewhere"][0],
+        **{f"best_{name}": (attention[name]["best"] or [None])[0] for name in ATTENTION},
+        "ratio_uniform": attention["ratio"]["uniform"],
+        "ratio_choice_uniform": attention["ratio_choice"]["uniform"],
+        **{f"best_circle_{kind}": features[kind]["best"][0] for kind in ("log", "additive")},
+        **{f"embedding_{kind}": score["embedding"][kind]["best"] for kind in ("log", "additive")},
+        **{
+            f"neurons_{kind}": max(score["neurons"][kind]["beyond_shuffled"])
+            for kind in ("log", "additive")
+        },
+        "ratio_similarity_y": score["ratio_similarity"]["y"]["best"][0],
+        "ratio_similarity_z": score["ratio_similarity"]["z"]["best"][0],
+    }
+    if "patching" in score:
+        found["patching_effect"] = score["patching"]["effect_logits"][0]
+        mean = score["ablation"]["heads"]["mean"]
+        worst = min(mean, key=lambda name: mean[name]["unseen_train"][0])
+        found["most_needed_head"] = worst
+        found["without_most_needed_head"] = mean[worst]["unseen_train"][0]
+    return found
+
+
+def _last(values: Sequence[float | None]) -> float | None:
+    """The last that there is: after many examples Ratio Matching may know everything."""
+    return next((value for value in reversed(values) if value is not None), None)
