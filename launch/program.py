@@ -66,7 +66,8 @@ class Program(NamedTuple):
     """A program: its name, the files it reads, and the three functions described above.
 
     `status` says what to exit with, and why on stderr, once the result is printed; `free` names
-    further flags on which the numbers do not depend.
+    further flags on which the numbers do not depend. Without `again` a finished folder goes
+    through `work` again, which takes what is there and does what is new.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Program(NamedTuple):
     draw: Callable[[Arrays], Mapping[str, Any]]
     status: Callable[[Any, dict[str, Any]], int] = lambda cfg, result: 0
     free: tuple[str, ...] = ()
+    again: bool = True
 
 
 def main(program: Program, cfg: RunConfig) -> int:
@@ -88,7 +90,7 @@ def main(program: Program, cfg: RunConfig) -> int:
     say = functools.partial(print, file=sys.stderr, flush=True)
     if cfg.quiet:
         say = lambda *_: None  # noqa: E731
-    row = _finished(Path(cfg.workdir)) if known else None
+    row = _finished(Path(cfg.workdir)) if known and program.again else None
     if row:
         result = _again(program, cfg, row)
         say(f"{cfg.workdir}: holds this run, finished; its result again")

@@ -1,0 +1,268 @@
+"""Diagrams that are killed, extended, merged, damaged, and spread over devices."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import programs
+import pytest
+from programs import contents, fixture_for, summary
+
+from launch import flags as launch_flags
+from launch import modgrok_phase, modgrok_phase_config, modgrok_train
+
+assert_refused = functools.partial(programs.assert_refused, program="modgrok_phase")
+program = fixture_for(modgrok_phase, "--devices=1")
+train = fixture_for(modgrok_train, "--devices=1")
+
+SMALL = (
+    *("--p=5", "--num_tasks=4,8", "--input_fraction=0.8", "--layers=1", "--width=16", "--heads=2"),
+    *("--shots=3", "--batch=16", "--optimizer=adamw", "--lr=3e-3", "--ema=0", "--warmup_steps=2"),
+    *("--steps=4", "--schedule_steps=50", "--eval_every=2", "--checkpoint_every=2"),
+    *("--eval_sequences=4,4", "--num_unseen=16"),
+)
+
+
+def saved(folder):
+    with np.load(folder / "phase.npz") as file:
+        return dict(file)
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished diagram of two runs, not to be altered."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    argv = ["modgrok_phase", *SMALL, f"--workdir={folder}", "--quiet", "--devices=1"]
+    with pytest.raises(SystemExit) as ended:
+        launch_flags.run(
+            modgrok_phase.main,
+            modgrok_phase_config.PhaseConfig,
+            presets=modgrok_phase_config.PRESETS,
+            argv=[*argv, "--compilation_cache="],
+        )
+    assert not ended.value.code
+    return folder
+
+
+def test_what_it_leaves(whole):
+    x = saved(whole)
+    assert x["accuracy_GC4"].shape == (2, 2, 4)
+    assert x["step_C"].tolist() == [2, 4]
+    assert x["num_tasks_G"].tolist() == [4, 8]
+    assert np.isfinite(x["loss_GC"]).all()
+    assert not list((whole / "checkpoints").iterdir())
+    for name in ("phase_L1_best", "phase_L1_last", "transience_L1"):
+        assert (whole / "figures" / f"{name}.png").stat().st_size > 5000
+    assert len((whole / "metrics.jsonl").read_text().splitlines()) == 3  # two tests, the result
+
+
+def test_a_run_is_that_of_modgrok_train(train, tmp_path, whole):
+    flags = [x for x in SMALL if not x.startswith(("--num_tasks", "--eval_rows"))]
+    summary(
+        train(
+            *flags,
+            "--num_tasks=8",
+            "--weight_decay=0.3",
+            "--log_every=2",
+            "--nofigures",
+            f"--workdir={tmp_path}/run",
+        )
+    )
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    rows = [row for row in rows if "accuracy_seen_train" in row and row["step"]]
+    x = saved(whole)
+    for c, row in enumerate(rows):
+        seen = [row["accuracy_seen_train"], row["accuracy_seen_heldout"]]
+        np.testing.assert_allclose(x["accuracy_GC4"][1, c, :2], seen, atol=1e-6)
+        chosen = x["deciding_GC2"][1, c, 0], x["accuracy_GC4"][1, c, 2]
+        wanted = row["accuracy_deciding"], row["accuracy_reported"]
+        np.testing.assert_allclose(chosen, wanted, atol=1e-6)
+    assert len(rows) == 2
+
+
+def test_new_rows_train_new_runs_alone(program, tmp_path, whole, monkeypatch):
+    """Extended in its folder, and put together from two folders that stay as they are."""
+    trained = []
+    real = modgrok_phase._Trainer.train
+
+    def counted(self, depth, group, *args):
+        trained.append([cell.num_tasks for cell in group])
+        return real(self, depth, group, *args)
+
+    monkeypatch.setattr(modgrok_phase._Trainer, "train", counted)
+    shutil.copytree(whole, tmp_path / "run")
+    flags = (*SMALL, f"--workdir={tmp_path}/run", "--nofigures")
+    said = summary(program(*flags, "--num_tasks=1,2,4,8"))
+    assert (said["runs_taken_over"], said["runs_trained"]) == (2, 2)
+    assert trained == [[1, 2]]
+    x = saved(tmp_path / "run")
+    assert x["num_tasks_G"].tolist() == [1, 2, 4, 8]
+    assert_equal(
+        {name: x[name][2:] for name in ("accuracy_GC4", "loss_GC")},
+        {name: saved(whole)[name] for name in ("accuracy_GC4", "loss_GC")},
+    )
+    before = contents(tmp_path / "run"), contents(whole)
+    flags = (*SMALL, f"--workdir={tmp_path}/merged", "--nofigures", "--num_tasks=1,2,4,8")
+    said = summary(program(*flags, f"--merge={tmp_path}/run,{whole}"))
+    assert (said["runs_taken_over"], said["runs_trained"]) == (4, 0)
+    assert (contents(tmp_path / "run"), contents(whole)) == before
+    assert_equal(saved(tmp_path / "merged"), x)
+    # From here on the folder has them itself; settings that change numbers are refused.
+    assert summary(program(*flags, "--num_tasks=4"))["runs_taken_over"] == 1
+    assert_refused(program(*flags, "--lr=1e-3"), "holds a run with other settings: lr is")
+
+
+def test_damaged_files_are_said_and_made_again(program, tmp_path, whole):
+    folder = tmp_path / "run"
+    flags = (*SMALL, f"--workdir={folder}", "--nofigures", f"--merge={whole}")
+    summary(program(*flags))
+    for path in (folder / "phase.npz", next((folder / "runs").glob("L1-n8*"))):
+        path.write_bytes(path.read_bytes()[:-200])
+    status, out, err = program(*flags)
+    said = summary((status, out, err))
+    assert err.count("cannot be read") == 2
+    assert "this run is trained again" in err
+    assert said["runs_trained"] == 0  # the merged folder has it
+    assert len(list((folder / "damaged").iterdir())) == 2
+    assert_equal(saved(folder), saved(whole))
+
+
+def test_spread_over_devices(tmp_path, monkeypatch, capsys, whole):
+    argv = ["modgrok_phase", "--compilation_cache=", "--devices=2", *SMALL, "--nofigures"]
+    monkeypatch.setattr(sys, "argv", [*argv, f"--workdir={tmp_path}/run"])
+    with pytest.raises(SystemExit) as ended:
+        modgrok_phase.cli()
+    assert not ended.value.code
+    assert "on 2 x cpu" in capsys.readouterr().err
+    for name, x in saved(tmp_path / "run").items():
+        if x.dtype.kind == "f":
+            np.testing.assert_allclose(x, saved(whole)[name], atol=1e-6)
+
+
+LONG = (*SMALL, "--steps=400", "--schedule_steps=900", "--checkpoint_every=20", "--nofigures")
+straight = []  # of the run that nothing stopped, once it was needed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_inside_a_chunk_it_ends_with_the_same_bits(signum, program, tmp_path):
+    """Killed once the first checkpoint is there; the other life takes it up."""
+    long = (*LONG, f"--workdir={tmp_path}/run")
+    command = [sys.executable, "-m", "launch.modgrok_phase", *long]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    child = subprocess.Popen(
+        [*command, "--compilation_cache="], stderr=subprocess.PIPE, env=environment, text=True
+    )
+    try:
+        end = time.monotonic() + 120
+        while not list((tmp_path / "run").glob("checkpoints/*/latest/*-step-[0-9]*0")):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        child.send_signal(signum)
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == (-signal.SIGKILL if signum == signal.SIGKILL else 143), err
+    if signum == signal.SIGTERM:
+        assert "stopped by SIGTERM at step" in err
+    said = program(*long)
+    summary(said)
+    assert "resuming at step" in said[2]
+    if not straight:
+        summary(program(*LONG, f"--workdir={tmp_path}/straight"))
+        straight.append(saved(tmp_path / "straight"))
+    assert_equal(saved(tmp_path / "run"), straight[0])
+
+
+def test_interrupted_and_with_damaged_checkpoints(program, tmp_path, whole, monkeypatch):
+    """Cut off after its first checkpoint: goes on from it, or from the start if it is damaged."""
+    calls = []
+
+    def stop(self, layers, step, *args):
+        calls.append(step)
+        if step == 4 and cut:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(modgrok_phase._Trainer, "_report", stop)
+    for damaged in (False, True):
+        folder = tmp_path / f"run{damaged}"
+        flags = (*SMALL, f"--workdir={folder}", "--nofigures")
+        cut, calls = True, []
+        assert program(*flags)[0] == 130
+        (checkpoint,) = (folder / "checkpoints").glob("*/latest/*-step-2")
+        if damaged:
+            for path in checkpoint.rglob("*"):
+                if path.is_file():
+                    path.write_bytes(path.read_bytes()[:-3])
+        cut, calls = False, []
+        answer = program(*flags)
+        summary(answer)
+        assert calls == ([2, 4] if damaged else [4])
+        assert ("begin again" in answer[2]) == damaged
+        assert_equal(saved(folder), saved(whole))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--num_tasks=4,6",), "--batch=16: expected a multiple of --num_tasks=6"),
+        (("--num_tasks=4,4",), "--num_tasks=4,4: expected one number or more, each once"),
+        (("--num_tasks=",), "--num_tasks=: expected one number or more"),
+        (("--num_tasks=24",), "--num_tasks=24: expected 1 to 22, since p=5 has 24 tasks"),
+        (("--input_fraction=0.8,1",), "--input_fraction=1: leaves 25 of p^2=25 inputs"),
+        (("--layers=0",), "--layers=0: expected a comma-separated list, each an integer at least"),
+        (("--eval_every=3",), "--eval_every=3: expected a divisor of --steps=4"),
+        (("--eval_every=4",), "--eval_every=4: expected a divisor of --checkpoint_every=2"),
+        (("--weight_decay=-1",), "--weight_decay=-1: expected a comma-separated list"),
+        (("--memory_gib=1e-5",), "--memory_gib=1e-05: one run with --layers=1 needs about 0.0"),
+        (("--merge=/nonexistent",), "--merge=/nonexistent: expected the folder of a diagram"),
+        (("--seed=2147483647", "--seeds=2"), "--seeds=2: expected --seed and the next below"),
+    ],
+)
+def test_bad_flags(flags, words, program, tmp_path):
+    assert_refused(program(*SMALL, *flags, f"--workdir={tmp_path}/run"), words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_settings_are_not_merged(program, tmp_path, whole):
+    flags = (*SMALL, "--shots=4", f"--merge={whole}", f"--workdir={tmp_path}/run")
+    assert_refused(program(*flags), f"--merge={whole}: holds a run with other settings: shots is")
+    assert not (tmp_path / "run").exists()
+
+
+def test_groups_begin_with_what_was_begun(tmp_path):
+    cells = [modgrok_phase_config.Cell(2, n, 0.8, 0.3, 0) for n in (4, 6, 8, 12, 16)]
+    note = tmp_path / "checkpoints" / "L2-x"
+    note.mkdir(parents=True)
+    (note / "runs.json").write_text(json.dumps(cells[2:4]))
+    groups = list(modgrok_phase._groups(tmp_path, cells, 2))
+    assert groups == [(cells[2:4], 2), (cells[:2], 2), (cells[4:], 2)]
+    # Runs that are not wanted any more, or lists that cannot be read, do not count.
+    assert len(list(modgrok_phase._groups(tmp_path, cells[:3], 8))) == 1
+    (note / "runs.json").write_text("{")
+    assert list(modgrok_phase._groups(tmp_path, cells, 8)) == [(cells, 5)]
+
+
+def test_the_presets_are_sound():
+    for values in modgrok_phase_config.PRESETS.values():
+        modgrok_phase_config.PhaseConfig(**values).validate()
+    assert (
+        len(
+            modgrok_phase_config.cells(
+                modgrok_phase_config.PhaseConfig(**modgrok_phase_config.PRESETS["paper"])
+            )
+        )
+        == 49
+    )
