@@ -111,7 +111,14 @@ def test_a_run_with_gates_is_looked_at_with_them_rounded(program, cache, tmp_pat
     flags = (*TINY_RUN, "--layers=2", "--latent_depth", "--target_depth=1", "--devices=1")
     cfg = settings(*flags, f"--workdir={tmp_path}/run", f"--compilation_cache={cache}", "--quiet")
     assert modgrok_train.main(cfg) == 0
-    summary(program(f"--checkpoint={tmp_path}/run", "--controls=", f"--workdir={tmp_path}/page"))
+    summary(
+        program(
+            f"--checkpoint={tmp_path}/run",
+            "--which=latest",
+            "--controls=",
+            f"--workdir={tmp_path}/page",
+        )
+    )
     page = (tmp_path / "page" / "report.md").read_text()
     assert "| group | expected depth | kept |" in page
     assert (tmp_path / "page" / "figures" / "posterior.png").exists()
