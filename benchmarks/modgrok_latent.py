@@ -28,7 +28,7 @@ import numpy as np
 
 import modgrok
 from benchmarks import timing
-from modgrok import evaluation, latent_depth
+from modgrok import evaluation, latent_depth, task_groups
 from modgrok.latent_depth import LatentConfig
 from modgrok.training import answer_loss
 
@@ -114,7 +114,7 @@ def train(run: Run) -> tuple[Any, dict[str, list[float]], dict[str, Any]]:
     tasks, inputs = data_of(run)
     group_W = None
     if run.groups > 1:
-        group_W = latent_depth.random_groups(jax.random.key(run.seed), run.tasks, run.groups)
+        group_W = task_groups.at_random(jax.random.key(run.seed), run.tasks, run.groups)
     key = jax.random.fold_in(jax.random.key(run.seed), 2)
     state = jax.jit(modgrok.init_state, static_argnames=("cfg", "tx", "latent"))(
         jax.random.fold_in(jax.random.key(run.seed), 1), cfg=cfg, tx=tx, latent=latent

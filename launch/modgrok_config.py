@@ -336,20 +336,20 @@ def key_for(cfg: TrainConfig, purpose: int) -> Any:
 
 def task_groups(cfg: TrainConfig, tasks: Any) -> Any:
     """group_W of the trained tasks, None if all are one group; UsageError if they are no groups."""
-    from modgrok import latent_depth
+    from modgrok import task_groups as groups
 
     if not cfg.latent_depth or cfg.task_groups == "none":
         return None
     flag = f"--task_groups={cfg.task_groups}"
     if cfg.task_groups == "ratio":
-        return latent_depth.ratio_groups(tasks.train_W2, cfg.p)
+        return groups.by_ratio(tasks.train_W2, cfg.p)
     try:
         if cfg.task_groups == "rectangle":
-            return latent_depth.rectangle_groups(len(tasks.train_W2))
+            return groups.by_rectangle(len(tasks.train_W2))
         if cfg.task_groups == "random":
-            return latent_depth.random_groups(key_for(cfg, 5), cfg.num_tasks, cfg.gate_groups)
+            return groups.at_random(key_for(cfg, 5), cfg.num_tasks, cfg.gate_groups)
         parts = json.loads(Path(cfg.task_groups).read_text())
-        return latent_depth.partition_groups(parts, tasks.train_W2)
+        return groups.given(parts, tasks.train_W2)
     except OSError as error:
         raise UsageError(
             f"{flag}: {error.strerror}; expected none, ratio, rectangle, random, or a JSON file"

@@ -1,7 +1,24 @@
 """Eight simulated CPU devices for the whole suite, set before jax is imported."""
 
+import gc
 import os
+import sys
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Free the compiled programs of a file of tests.
+
+    Each one maps memory, and a process that has more than vm.max_map_count maps (65,530 by
+    default) is ended by a segmentation fault in the next compilation.
+    """
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
