@@ -6,6 +6,7 @@ Importing this needs no jax, so that --help and a wrong flag answer at once.
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -243,6 +244,9 @@ FREE = (
     "process_id",
 )
 
+# A run's own copy of its file of task groups.
+GROUPS = "task_groups.json"
+
 # Flags that earlier versions did not have, with what they did: their folders resume.
 LATER = (
     *("norm", "latent_depth", "target_depth", "task_groups", "gate_groups", "gate_prior"),
@@ -334,8 +338,19 @@ def key_for(cfg: TrainConfig, purpose: int) -> Any:
     return jax.random.fold_in(jax.random.key(cfg.seed), purpose)
 
 
-def task_groups(cfg: TrainConfig, tasks: Any) -> Any:
-    """group_W of the trained tasks, None if all are one group; UsageError if they are no groups."""
+def group_file(cfg: TrainConfig) -> Path | None:
+    """The JSON file of task groups, if they are not by a rule."""
+    named = cfg.latent_depth and cfg.task_groups not in ("none", "ratio", "rectangle", "random")
+    return Path(cfg.task_groups) if named else None
+
+
+def task_groups(
+    cfg: TrainConfig, tasks: Any, *, workdir: str | os.PathLike[str] | None = None
+) -> Any:
+    """group_W of the trained tasks, None if all are one group; UsageError if they are no groups.
+
+    In place of a file counts the copy that the run in `workdir` has of it.
+    """
     from modgrok import task_groups as groups
 
     if not cfg.latent_depth or cfg.task_groups == "none":
@@ -348,14 +363,32 @@ def task_groups(cfg: TrainConfig, tasks: Any) -> Any:
             return groups.by_rectangle(len(tasks.train_W2))
         if cfg.task_groups == "random":
             return groups.at_random(key_for(cfg, 5), cfg.num_tasks, cfg.gate_groups)
-        parts = json.loads(Path(cfg.task_groups).read_text())
-        return groups.given(parts, tasks.train_W2)
+        path = group_file(cfg)
+        if workdir is not None and (Path(workdir) / GROUPS).exists():
+            path = Path(workdir) / GROUPS
+        return groups.given(json.loads(path.read_text()), tasks.train_W2)
     except OSError as error:
         raise UsageError(
             f"{flag}: {error.strerror}; expected none, ratio, rectangle, random, or a JSON file"
         ) from error
     except ValueError as error:
         raise UsageError(f"{flag}: {error}") from error
+
+
+def check_groups(cfg: TrainConfig, workdir: str | os.PathLike[str]) -> None:
+    """UsageError if the run in `workdir` was begun with other groups than its file has now."""
+    path, own = group_file(cfg), Path(workdir) / GROUPS
+    if path is None or not own.exists() or not path.exists():
+        return
+    try:
+        same = json.loads(path.read_text()) == json.loads(own.read_text())
+    except ValueError:
+        same = False
+    if not same:
+        raise UsageError(
+            f"--task_groups={path}: is not what the run in {workdir} was begun with; expected the "
+            f"groups of {own}, or another --workdir"
+        )
 
 
 def make_latent(cfg: TrainConfig, group_W: Any) -> Any:

@@ -97,7 +97,9 @@ def _select(cfg: ExportConfig, run: modgrok_config.TrainConfig) -> _Selected:
 
     group_W = None
     if run.latent_depth:
-        group_W = modgrok_config.task_groups(run, modgrok_config.prepare_data(run)[0])
+        group_W = modgrok_config.task_groups(
+            run, modgrok_config.prepare_data(run)[0], workdir=cfg.workdir
+        )
     latent = modgrok_config.make_latent(run, group_W)
     model, tx = modgrok_config.make_model(run, latent)
     with Checkpoints(os.path.join(cfg.workdir, "checkpoints")) as checkpoints:

@@ -171,7 +171,9 @@ def _from_run(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
             )
     group_W = None
     if run.latent_depth:
-        group_W = modgrok_config.task_groups(run, modgrok_config.prepare_data(run)[0])
+        group_W = modgrok_config.task_groups(
+            run, modgrok_config.prepare_data(run)[0], workdir=cfg.checkpoint
+        )
     latent = modgrok_config.make_latent(run, group_W)
     model, tx = modgrok_config.make_model(run, latent)
     try:

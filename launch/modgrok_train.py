@@ -18,11 +18,14 @@ from typing import Any
 from launch import UsageError, flags, rundir
 from launch.modgrok_config import (
     FREE,
+    GROUPS,
     LATER,
     PRESETS,
     PROGRAM,
     TrainConfig,
     abstract_state,
+    check_groups,
+    group_file,
     key_for,
     make_latent,
     make_model,
@@ -44,6 +47,7 @@ def main(cfg: TrainConfig) -> int:
     plain = dataclasses.asdict(dataclasses.replace(cfg, norm="pre", latent_depth=False))
     later = {name: plain[name] for name in LATER}
     resuming = rundir.check(folder, settings, program=PROGRAM, free=FREE, later=later)
+    check_groups(cfg, folder)
     from launch import parallel
 
     parallel.start(
@@ -76,7 +80,7 @@ def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
             + (f" x --micro_batches={cfg.micro_batches}" if cfg.micro_batches > 1 else "")
         )
     tasks, inputs = prepare_data(cfg)
-    group_W = task_groups(cfg, tasks)
+    group_W = task_groups(cfg, tasks, workdir=cfg.workdir or None)
     latent = make_latent(cfg, group_W)
     model, tx = make_model(cfg, latent)
     like = abstract_state(cfg, model, tx, latent)
@@ -98,6 +102,8 @@ def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
         saved = {**dataclasses.asdict(cfg), "workdir": workdir}
         with rundir.RunDir(workdir, saved, program=PROGRAM, writer=writer) as folder:
             folder.truncate(start if restored else -1)
+            if (groups := group_file(cfg)) is not None and not (folder.path / GROUPS).exists():
+                folder.save_text(GROUPS, groups.read_text())
             say = functools.partial(print, file=sys.stderr, flush=True)
             if cfg.quiet or not writer:
                 say = lambda *_: None  # noqa: E731

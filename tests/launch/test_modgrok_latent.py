@@ -71,6 +71,19 @@ def test_groups_of_tasks_from_a_file(program, gated, tmp_path):
         np.testing.assert_array_equal(arrays["task_groups"], [1] + [0] * 15)
         assert arrays["gate_logits"].shape == (2, 2)
 
+    # The run keeps the groups that it was begun with, and refuses others.
+    before = path.read_text()
+    path.write_text(json.dumps([train_W2[2:].tolist(), train_W2[:2].tolist()]))
+    message = f"--task_groups={path}: is not what the run in {workdir} was begun with"
+    assert_refused(program(*args), message, f"expected the groups of {workdir}/task_groups.json")
+    path.write_text(before.replace(" ", ""))
+    assert program(*args)[0] == 0
+    path.unlink()
+    assert program(*args)[0] == 0
+    output = tmp_path / "small.npz"
+    modgrok_export.main(ExportConfig(str(workdir), str(output), which="latest", group="1"))
+    assert output.exists()
+
 
 @pytest.mark.parametrize(
     ("rule", "groups"), [("ratio", None), ("random", 4), ("rectangle", 4), ("none", 1)]
