@@ -82,7 +82,13 @@ def test_a_run_becomes_a_page_with_controls(program, finished, tmp_path):
     assert contents(finished) == before
 
 
-def test_a_file_with_the_references_names(program, file, tmp_path):
+@pytest.mark.parametrize("suffix", [".npz", ".pt"])
+def test_a_file_with_the_references_names(program, file, tmp_path, suffix):
+    if suffix == ".pt":
+        torch = pytest.importorskip("torch", reason=".pt files need torch")
+        entries = {name: torch.from_numpy(value) for name, value in np.load(file).items()}
+        file = tmp_path / "model.pt"
+        torch.save(entries, file)
     flags = (f"--checkpoint={file}", *OF_THE_FILE, "--controls=", "--head=1.1")
     said = summary(program(*flags, f"--workdir={tmp_path}/page"))
     page = (tmp_path / "page" / "report.md").read_text()
