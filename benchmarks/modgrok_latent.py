@@ -11,7 +11,7 @@ decoder to its target; `transience` follows unseen tasks
 in a deep decoder with and without gates; `groups` asks whether task groups share blocks.
 
 Each run is one line of OUTPUT/EXPERIMENT.jsonl, written when it ends, and a run whose line is there
-is not trained again. Tables go to stdout.
+is not trained again. Tables go to stdout; `stability` also writes OUTPUT/gradients.png.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import numpy as np
 
 import modgrok
 from benchmarks import timing
-from modgrok import evaluation, latent_depth, task_groups
+from modgrok import evaluation, latent_depth, latent_figures, task_groups
 from modgrok.latent_depth import LatentConfig
 from modgrok.training import answer_loss
 
@@ -43,13 +43,13 @@ class Run:
     target: float | None = None
     norm: str = "pre"
     p: int = 5
-    tasks: int = 8
+    tasks: int = 12
     width: int = 32
     shots: int = 8
     batch: int = 48
-    steps: int = 1500
+    steps: int = 1600
     optimizer: str = "muon"
-    lr: float = 0.02
+    lr: float = 0.01
     weight_decay: float = 0.1
     embedding_lr: float = 2e-3
     warmup: int = 50
@@ -57,10 +57,10 @@ class Run:
     prior: str = "uniform"
     kl: float = 0.01
     depth: float = 0.1
-    entropy: float = 0.2
+    entropy: float = 0.5
     share: float = 0.0
     soft: int = 200
-    anneal: int = 300
+    anneal: int = 400
     gate_lr: float = 0.02
     gate_init: float = 2.0
     every: int = 50  # steps between two records
@@ -265,23 +265,22 @@ def experiments(args: argparse.Namespace) -> dict[str, tuple[list[Run], Any]]:
     change = dataclasses.replace
     target = [change(base, seed=s, target=k) for s in args.seeds for k in (4, 12)]
     scratch = [change(base, seed=s, layers=k, gated=False) for s in args.seeds for k in (4, 12, 24)]
-    hundred = change(
-        base, layers=100, steps=args.steps or 200, target=12, optimizer="adamw", soft=50, anneal=50,
-        weight_decay=0.1, every=20, batch=24, warmup=20,
+    # A hundred blocks at their target, and a sweep of rates that ends before the depth term begins.
+    hundred = [change(base, seed=s, layers=100, target=12, batch=24) for s in args.seeds]
+    sweep = change(
+        base, layers=100, steps=args.steps or 300, target=12, optimizer="adamw", batch=24, soft=100,
+        anneal=200, warmup=20, every=20,
     )  # fmt: skip
-    # The sweep ends before the gates have closed; this one goes all the way.
-    far = change(hundred, lr=3e-3, steps=args.steps or 1500, soft=200, anneal=300, warmup=50)
-    long = [change(far, seed=s) for s in args.seeds]
     kinds = ({"gated": True}, {"gated": False}, {"gated": False, "norm": "post"})
     stability = [
-        change(hundred, seed=s, lr=lr, target=12 if kind["gated"] else None, **kind)
+        change(sweep, seed=s, lr=lr, target=12 if kind["gated"] else None, **kind)
         for s in args.seeds
-        for lr in (3e-3, 3e-2, 1e-2, 1e-1, 1e-3)
+        for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
         for kind in kinds
     ]
     deep = change(
         base, p=7, tasks=36, width=64, shots=12, batch=144, weight_decay=0.05, lr=0.02,
-        steps=args.steps or 3000, layers=8, test_every=250, soft=300, anneal=400,
+        steps=args.steps or 3000, layers=8, test_every=250, soft=300,
     )  # fmt: skip
     transience = [
         change(deep, seed=s, **kind)
@@ -301,7 +300,7 @@ def experiments(args: argparse.Namespace) -> dict[str, tuple[list[Run], Any]]:
         "target": (target, other_blocks),
         "selection": (scratch, None),
         "stability": (stability, None),
-        "hundred": (long, other_blocks),
+        "hundred": (hundred, other_blocks),
         "transience": (transience, None),
         "groups": (groups, None),
         "plain": ([change(base, gated=False)], None),
@@ -335,6 +334,16 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
     if "unseen" in history:
         shown["best_unseen"] = max(history["unseen"])
     return shown
+
+
+def draw_gradients(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Gradient norm by block at the first and at the last step, of each kind's first run."""
+    norms: dict[str, Any] = {}
+    for row in rows:
+        steps = sorted(row["norms"], key=int)
+        for step in (steps[0], steps[-1]):
+            norms.setdefault(f"{row['kind']}, step {step}", row["norms"][step])
+    latent_figures.gradient_by_block(norms).savefig(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -371,6 +380,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             shown.append(summary(row))
         columns = {k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in shown)}
         print(f"\n{name}\n{timing.table(shown, columns)}", flush=True)
+        if name == "stability":
+            draw_gradients(shown, output / "gradients.png")
 
 
 if __name__ == "__main__":

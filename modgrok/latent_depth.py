@@ -56,7 +56,7 @@ class LatentConfig:
     kl_weight: float = 0.01
     depth_weight: float = 0.1
     share_weight: float = 0.0
-    entropy_weight: float = 0.2
+    entropy_weight: float = 0.5
     soft_steps: int = 500
     anneal_steps: int = 500
     tau: float = 5.0
