@@ -62,6 +62,9 @@ class InspectConfig(program.SpreadConfig):
     )
     controls: tuple[str, ...] = field(CONTROLS, "what else to look at", choices=CONTROLS)
     head: str = field("", "LAYER.HEAD whose components are drawn; empty: the best circle")
+    together: tuple[str, ...] = field(
+        (), "groups of heads to silence together, such as 2.1+2.2,3.0+3.1+3.2"
+    )
     feature_shot: int | None = field(
         None, "shot (from 0) whose inputs are varied; none: in the middle", min=0
     )
@@ -93,6 +96,13 @@ class InspectConfig(program.SpreadConfig):
                     )
         if self.head and not _parse_head(self.head):
             raise ValueError(f"--head={self.head}: expected LAYER.HEAD, such as 1.0, from 0")
+        for group in self.together:
+            names = group.split("+")
+            if not all(map(_parse_head, names)) or len(set(names)) < len(names):
+                raise ValueError(
+                    f"--together={','.join(self.together)}: expected groups such as 2.1+2.2, each "
+                    "head once"
+                )
         if len(set(self.controls)) != len(self.controls):
             raise ValueError(
                 f"--controls={','.join(self.controls)}: expected some of {', '.join(CONTROLS)}, "
@@ -142,6 +152,14 @@ def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
             f"--head={cfg.head}: expected 0.0 to {model.layers - 1}.{model.heads - 1}, the layers "
             "and heads of this model"
         )
+    together = tuple(
+        tuple(_parse_head(name) for name in group.split("+")) for group in cfg.together
+    )
+    if any(i >= model.layers or j >= model.heads for group in together for i, j in group):
+        raise UsageError(
+            f"--together={','.join(cfg.together)}: expected heads 0.0 to {model.layers - 1}."
+            f"{model.heads - 1}, the layers and heads of this model"
+        )
     middle = (run.shots - 1) // 2
     shot = middle if cfg.feature_shot is None else cfg.feature_shot
     if shot > run.shots - 2:
@@ -151,7 +169,7 @@ def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
     tasks, inputs = modgrok_config.prepare_data(run)
     gate, posterior = _latent_depth(params)
     return instruments.Problem(
-        params, model, gate, posterior, tasks, inputs, run.p, run.shots, shot, source
+        params, model, gate, posterior, tasks, inputs, run.p, run.shots, shot, together, source
     )
 
 

@@ -93,12 +93,15 @@ def _intervention_figures(own: Arrays) -> dict[str, Any]:
     make = interpret_figures
     layers, heads = own["attention_LHTT"].shape[:2]
     shots = own["accuracy_R4S"].shape[-1]
+    single = slice(layers * heads)  # the rest are groups
     bars = {
-        kind: interventions.interval(changes(own, f"head_{kind}_accuracy_R4GS")[:, UNSEEN])
+        kind: interventions.interval(changes(own, f"head_{kind}_accuracy_R4GS")[:, UNSEEN, single])
         for kind in interventions.KINDS
     }
     accuracy_GS = own["head_mean_accuracy_R4GS"][:, UNSEEN].mean(0)
-    names = ["untouched", *(f"without {i}.{j}" for i, j in np.ndindex(layers, heads))]
+    groups = ["+".join(f"{i}.{j}" for i, j in np.argwhere(mask)) for mask in own["together_GLH"]]
+    silenced = [*(f"{i}.{j}" for i, j in np.ndindex(layers, heads)), *groups]
+    names = ["untouched", *(f"without {name}" for name in silenced)]
     effect_R = own["patched_clean_R"] - own["patched_corrupt_R"]
     gained_LT = (own["patched_residual_RLT"] - own["patched_corrupt_R"][:, None, None]).mean(0)
     figures = {

@@ -274,11 +274,12 @@ def _interventions_page(own: dict[str, Any], about: About) -> list[str]:
     lines = [
         [
             name,
-            *(_i(heads[kind][name]["unseen_train"]) for kind in interventions.KINDS),
-            *(_i(heads["mean"][name][x]) for x in ("seen_train", "seen_heldout")),
-            _i(heads["mean"][name]["unseen_heldout"]),
+            *(_i(part[kind][name]["unseen_train"]) for kind in interventions.KINDS),
+            *(_i(part["mean"][name][x]) for x in ("seen_train", "seen_heldout")),
+            _i(part["mean"][name]["unseen_heldout"]),
         ]
-        for name in heads["zero"]
+        for part in (heads, ablation["heads_together"])
+        for name in part["zero"]
     ]
     groups = ablation["neuron_groups"]
     group_lines = [
@@ -310,8 +311,8 @@ def _interventions_page(own: dict[str, Any], about: About) -> list[str]:
     )
     return [
         "## What it needs",
-        "Change of accuracy at the last shot with one head silenced: on unseen tasks, train "
-        "inputs, by zero, mean and resample; then by mean on the other sets.",
+        "Change of accuracy at the last shot with one head silenced, or several (+): on unseen "
+        "tasks, train inputs, by zero, mean and resample; then by mean on the other sets.",
         table(
             [
                 "head",

@@ -202,21 +202,24 @@ def _ratio(arrays: Arrays, place: str) -> dict[str, Any]:
 
 def _ablation(arrays: Arrays) -> dict[str, Any]:
     """Changes at the last shot: accuracy on the four sets, loss on unseen tasks, train inputs."""
-    result: dict[str, Any] = {"heads": {}, "neuron_groups": {}}
+    result: dict[str, Any] = {"heads": {}, "heads_together": {}, "neuron_groups": {}}
     layers, heads = arrays["attention_LHTT"].shape[:2]
     names = [f"{layer}.{head}" for layer, head in np.ndindex(layers, heads)]
+    together = ["+".join(np.array(names)[mask.ravel()]) for mask in arrays["together_GLH"]]
     groups = [f"{layer}.{group}" for layer in range(layers) for group in GROUPS]
     for kind in interventions.KINDS:
         change_R4G, loss_R4G = (
             changes(arrays, f"head_{kind}_{x}_R4GS") for x in ("accuracy", "loss")
         )
-        result["heads"][kind] = {
+        every = {
             name: {
                 **{x: _spread(change_R4G[:, i, at]) for i, x in enumerate(evaluation.SETS)},
                 "loss_unseen_train": _spread(loss_R4G[:, UNSEEN, at]),
             }
-            for at, name in enumerate(names)
+            for at, name in enumerate([*names, *together])
         }
+        result["heads"][kind] = {name: every[name] for name in names}
+        result["heads_together"][kind] = {name: every[name] for name in together}
         change_RG, loss_RG = (
             changes(arrays, f"hidden_{kind}_{x}_RGS") for x in ("accuracy", "loss")
         )

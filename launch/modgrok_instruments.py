@@ -52,6 +52,7 @@ class Problem(NamedTuple):
     modulus: int
     shots: int
     feature_shot: int
+    together: tuple[tuple[tuple[int, int], ...], ...]  # groups of heads (layer, head) to silence
     source: str  # what it is, in words
 
 
@@ -363,10 +364,16 @@ def _interventions(
     ablate = functools.partial(interventions.ablate, params, chunk=look.chunk, **common)
     layers, heads, neurons = model.layers, model.heads, model.mlp_ratio * model.width
     nothing_1LH = jnp.zeros((1, layers, heads), bool)
-    head_mask = jnp.concatenate([nothing_1LH, interventions.one_at_a_time(layers, heads)])
+    together = look.problem.together
+    together_GLH = np.zeros((len(together), layers, heads), bool)
+    for number, group in enumerate(together):
+        together_GLH[number][tuple(np.transpose(group))] = True
+    head_mask = jnp.concatenate(
+        [nothing_1LH, interventions.one_at_a_time(layers, heads), together_GLH]
+    )
     neuron_mask_R, single_G2 = _neuron_masks(look, measured, layers, neurons)
     keys = _keys(look, 7)
-    arrays: Arrays = {"single_G2": single_G2}
+    arrays: Arrays = {"single_G2": single_G2, "together_GLH": together_GLH}
     for kind in interventions.KINDS:
         heads_R4, neurons_R = [], []
         for key, four, neuron_mask in zip(keys, tokens_R4BT, neuron_mask_R, strict=True):

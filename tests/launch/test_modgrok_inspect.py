@@ -90,14 +90,21 @@ def test_a_file_with_the_references_names(program, file, tmp_path, suffix):
         file = tmp_path / "model.pt"
         torch.save(entries, file)
     flags = (f"--checkpoint={file}", *OF_THE_FILE, "--controls=", "--head=1.1")
+    flags += ("--together=0.0+0.1+1.0+1.1,1.1+0.0",)
     said = summary(program(*flags, f"--workdir={tmp_path}/page"))
     page = (tmp_path / "page" / "report.md").read_text()
     assert "The model of a file: p = 5, 12 tasks" in page
     assert "2 blocks of width 16 with 2 heads" in page
     assert not said["controls"]
     assert sorted(x.name for x in (tmp_path / "page").glob("*.npz")) == ["network.npz"]
-    drawn = np.load(tmp_path / "page" / "network.npz")["drawn_head"]
-    np.testing.assert_array_equal(drawn, [1, 1])
+    arrays = dict(np.load(tmp_path / "page" / "network.npz"))
+    np.testing.assert_array_equal(arrays["drawn_head"], [1, 1])
+    assert arrays["head_zero_accuracy_R4GS"].shape[2] == 1 + 4 + 2
+    np.testing.assert_array_equal(arrays["together_GLH"][1], [[1, 0], [0, 1]])
+    ablation = json.loads((tmp_path / "page" / "scores.json").read_text())["network"]["ablation"]
+    assert list(ablation["heads"]["zero"]) == ["0.0", "0.1", "1.0", "1.1"]
+    assert list(ablation["heads_together"]["mean"]) == ["0.0+0.1+1.0+1.1", "0.0+1.1"]
+    assert "| 0.0+1.1 |" in page
 
 
 @pytest.mark.slow
@@ -149,6 +156,8 @@ def test_rounded_gates_of_a_task_in_no_group():
         (("--checkpoint={run}", "--shots=9"), "has shots=6; expected that"),
         (("--checkpoint={run}", "--head=3.0"), "--head=3.0: expected 0.0 to 0.3"),
         (("--checkpoint={run}", "--head=first"), "--head=first: expected LAYER.HEAD"),
+        (("--checkpoint={run}", "--together=0.0+0.4"), "expected heads 0.0 to 0.3"),
+        (("--checkpoint={run}", "--together=0.0+0.0"), "--together=0.0+0.0: expected groups such"),
         (("--checkpoint={run}", "--feature_shot=5"), "--feature_shot=5: expected 0 to 4"),
         (("--checkpoint={run}", "--controls=bayes,bayes"), "--controls=bayes,bayes: expected some"),
         (("--checkpoint={file}",), "--p=none: expected a value"),
