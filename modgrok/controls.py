@@ -77,8 +77,8 @@ def _activations(rule: Rule, modulus: int, tokens_BT: jax.Array) -> Activations:
     matching = rule == "ratio_matching"
 
     # Rows that have no token so far back look at the first one.
-    first_TT = jnp.zeros((length, length)).at[:, 0].set(1)
-    back_TT = [jnp.eye(length, k=-d).at[:d, 0].set(1) for d in (1, 2)]
+    first_TT = jnp.zeros((length, length), jnp.float32).at[:, 0].set(1)
+    back_TT = [jnp.eye(length, k=-d, dtype=jnp.float32).at[:d, 0].set(1) for d in (1, 2)]
     layer_0 = [jnp.broadcast_to(x, (batch, length, length)) for x in back_TT]
     if matching:
         layer_1 = [_copying(tokens_BT, modulus), jnp.broadcast_to(first_TT, layer_0[0].shape)]
@@ -91,16 +91,17 @@ def _activations(rule: Rule, modulus: int, tokens_BT: jax.Array) -> Activations:
     circle_p2, (big, small) = jnp.asarray(_circle(rule, modulus)), RADII
     at_y_BT2 = big * circle_p2[one_BT] + small * circle_p2[token_BT]
     head_BT2 = jnp.where(phase_T[:, None] == 1, at_y_BT2, big * circle_p2[token_BT])
-    head_LBTHK = jnp.zeros((2, batch, length, 2, 2)).at[0, :, :, 0].set(head_BT2)
+    head_LBTHK = jnp.zeros((2, batch, length, 2, 2), jnp.float32).at[0, :, :, 0].set(head_BT2)
 
     if matching:
-        log_p, order = jnp.asarray(fourier.discrete_log(modulus)), modulus - 1
+        log_p, order = jnp.asarray(fourier.discrete_log(modulus), jnp.int32), modulus - 1
         place_BT = log_p[one_BT] - log_p[token_BT]
         known_BT = (one_BT != 0) & (token_BT != 0)
     else:
         place_BT, order, known_BT = one_BT + 2 * token_BT, modulus, True
-    freq_F = jnp.arange(1, (modulus + 1) // 2)
-    angle_BTF = 2 * jnp.pi * place_BT[..., None] * freq_F / order
+    freq_F = jnp.arange(1, (modulus + 1) // 2, dtype=jnp.int32)
+    turn_BTF = (place_BT[..., None] * freq_F % order).astype(jnp.float32)
+    angle_BTF = 2 * np.float32(np.pi) / order * turn_BTF
     on_BT1 = jnp.asarray(known_BT & (phase_T == 1))[..., None]
     # Above 0, as neurons are after a ReLU.
     hidden_BTF = 1 + jnp.where(on_BT1, jnp.cos(angle_BTF), 0)
@@ -108,9 +109,11 @@ def _activations(rule: Rule, modulus: int, tokens_BT: jax.Array) -> Activations:
 
     x_BT, y_BT = (jnp.where(phase_T == 1, *pair) for pair in ((one_BT, two_BT), (token_BT, one_BT)))
     if matching:
-        inverse_p = jnp.asarray([0] + [pow(v, -1, modulus) for v in range(1, modulus)])
+        inverse_p = jnp.asarray([0] + [pow(v, -1, modulus) for v in range(1, modulus)], jnp.int32)
         # x / y; p where y = 0 (infinity), p + 1 for (0, 0).
-        class_BT = jnp.where(y_BT != 0, x_BT * inverse_p[y_BT] % modulus, modulus + (x_BT == 0))
+        class_BT = jnp.where(
+            y_BT != 0, x_BT * inverse_p[y_BT] % modulus, modulus + (x_BT == 0).astype(jnp.int32)
+        )
         classes = modulus + 2
     else:
         class_BT, classes = modulus * x_BT + y_BT, modulus**2
@@ -126,7 +129,8 @@ def _copying(tokens_BT: jax.Array, modulus: int) -> jax.Array:
     match_BSS = interpret.matches(tokens_BT, modulus).astype(jnp.float32)
     count_BS1 = match_BSS.sum(-1, keepdims=True)
     share_BSS = match_BSS / jnp.maximum(count_BS1, 1)
-    weight_BTT = jnp.zeros((batch, length, length)).at[:, :, 0].set(1)
-    at_y_BST = jnp.zeros((batch, match_BSS.shape[1], length)).at[..., 2::3].set(share_BSS[..., :-1])
+    weight_BTT = jnp.zeros((batch, length, length), jnp.float32).at[:, :, 0].set(1)
+    at_y_BST = jnp.zeros((batch, match_BSS.shape[1], length), jnp.float32)
+    at_y_BST = at_y_BST.at[..., 2::3].set(share_BSS[..., :-1])
     at_y_BST = at_y_BST.at[..., 0].set((count_BS1 == 0)[..., 0].astype(jnp.float32))
     return weight_BTT.at[:, 1::3].set(at_y_BST)

@@ -93,7 +93,7 @@ def _basis(modulus: int, kind: Kind) -> _Basis:
             rows.append(np.where(place_p < 0, 0, np.sin(angle_p)))
     row_pp = np.array(rows)
     row_pp /= np.linalg.norm(row_pp, axis=1, keepdims=True)
-    return _Basis(row_pp, np.array(cos), np.array(sin))
+    return _Basis(row_pp, np.array(cos, np.int32), np.array(sin, np.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("modulus", "kind"))

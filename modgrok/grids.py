@@ -103,7 +103,7 @@ def known(
         (ratio_N, regression_N), bool. The first implies the second.
     """
     example_S2 = jnp.stack([context_T[::3], context_T[1::3]], axis=1)
-    shown_S = jnp.arange(example_S2.shape[0]) < shot
+    shown_S = jnp.arange(example_S2.shape[0], dtype=jnp.int32) < shot
     nonzero_S = (example_S2 != 0).any(1) & shown_S
 
     def cross(a_X2, b_X2):

@@ -101,7 +101,7 @@ def answer_scores(logits_BSV: jax.Array, tokens_BT: jax.Array) -> Scores:
     """Accuracy and loss of each shot, means over sequences."""
     z_BS = sequences.answers(tokens_BT)
     loss_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV, z_BS)
-    right_BS = (logits_BSV.argmax(-1) == z_BS).astype(jnp.float32)
+    right_BS = (logits_BSV.argmax(-1).astype(z_BS.dtype) == z_BS).astype(jnp.float32)
     return Scores(right_BS.mean(0), loss_BS.mean(0))
 
 
@@ -158,7 +158,7 @@ def ablate(
 def _ablate(params, tokens_BT, mask_GLX, key, kind, gate, *, cfg, site, chunk, row_sharding):
     tokens_BT = _spread(tokens_BT, row_sharding)
     seen = getattr(_activations(params, tokens_BT, cfg, gate), _FIELDS[site])
-    offset = jax.random.randint(key, (), 1, max(2, tokens_BT.shape[0]))
+    offset = jax.random.randint(key, (), 1, max(2, tokens_BT.shape[0]), jnp.int32)
     values = (
         jnp.zeros_like,
         lambda x: jnp.broadcast_to(x.mean(1, keepdims=True), x.shape),
@@ -240,7 +240,7 @@ def _matched_prompts(key, task_W2, input_M2, masks, *, modulus, shots, match, ba
     a_B1, b_B1 = task_W2[jax.random.randint(keys[3], (batch,), 0, task_W2.shape[0])].T[..., None]
     x_BS, y_BS = jnp.moveaxis(input_M2[index_BS], -1, 0)
     z_BS = (a_B1 * x_BS + b_B1 * y_BS) % modulus
-    shift_B = jax.random.randint(keys[4], (batch,), 1, modulus)
+    shift_B = jax.random.randint(keys[4], (batch,), 1, modulus, jnp.int32)
     # (x, y) = c (x_i, y_i), so the answer moves by c times the shift.
     inverse_p = jnp.asarray([0] + [pow(v, -1, modulus) for v in range(1, modulus)], jnp.int32)
     x_B, y_B, xi_B, yi_B = x_BS[:, -1], y_BS[:, -1], x_BS[:, match], y_BS[:, match]
@@ -337,8 +337,9 @@ def _label_corruption(predict, tokens_BT, key, *, modulus, row_sharding):
     tokens_BT = _spread(tokens_BT, row_sharding)
     batch, shots = tokens_BT.shape[0], tokens_BT.shape[1] // 3
     z_BS = sequences.answers(tokens_BT)
-    shift_SB = jax.random.randint(key, (shots, batch), 1, modulus)
+    shift_SB = jax.random.randint(key, (shots, batch), 1, modulus, jnp.int32)
     match_BSS = interpret.matches(tokens_BT, modulus)
+    shot_S = jnp.arange(shots, dtype=jnp.int32)
 
     def right(tokens_BT):
         return oracles.expected_accuracy(predict(tokens_BT), z_BS)
@@ -349,14 +350,14 @@ def _label_corruption(predict, tokens_BT, key, *, modulus, row_sharding):
         shot, shift_B = shot_shift
         wrong_B = (tokens_BT[:, 3 * shot + 2] + shift_B) % modulus
         change_BS = right(tokens_BT.at[:, 3 * shot + 2].set(wrong_B)) - clean_BS
-        later_S = (jnp.arange(shots) > shot).astype(jnp.float32)
-        matched_BS = match_BSS[:, :, shot] * later_S
+        later_S = (shot_S > shot).astype(jnp.float32)
+        matched_BS = jnp.where(match_BSS[:, :, shot], later_S, 0)
         other_BS = later_S - matched_BS
         sums = [((change_BS * w).sum(), w.sum()) for w in (matched_BS, other_BS)]
         accuracy_S = jnp.where(later_S > 0, (clean_BS + change_BS).mean(0), jnp.nan)
         return accuracy_S, sums
 
-    accuracy_SS, sums = jax.lax.map(one, (jnp.arange(shots), shift_SB))
+    accuracy_SS, sums = jax.lax.map(one, (shot_S, shift_SB))
     matched, unmatched = (change_S.sum() / count_S.sum() for change_S, count_S in sums)
     return Corruption(accuracy_SS, clean_BS.mean(0), matched, unmatched)
 
@@ -385,7 +386,12 @@ def corrupt_several(
         raise ValueError(f"count_N2: wanted pairs (k, j) with 0 <= j <= k < {shots}")
     predict = predict if isinstance(predict, Partial) else Partial(predict)
     return _corrupt_several(
-        predict, tokens_BT, key, jnp.asarray(counts), modulus=modulus, row_sharding=row_sharding
+        predict,
+        tokens_BT,
+        key,
+        jnp.asarray(counts, jnp.int32),
+        modulus=modulus,
+        row_sharding=row_sharding,
     )
 
 
@@ -395,13 +401,13 @@ def _corrupt_several(predict, tokens_BT, key, count_N2, *, modulus, row_sharding
     z_BS = sequences.answers(tokens_BT)
     key_place, key_shift = jax.random.split(key)
     # The j smallest of k random numbers are j random places, nested in j.
-    number_BS = jax.random.uniform(key_place, z_BS.shape)
-    shift_BS = jax.random.randint(key_shift, z_BS.shape, 1, modulus)
+    number_BS = jax.random.uniform(key_place, z_BS.shape, jnp.float32)
+    shift_BS = jax.random.randint(key_shift, z_BS.shape, 1, modulus, jnp.int32)
 
     def one(count_2):
         k, j = count_2
-        shown_S = jnp.arange(z_BS.shape[1]) < k
-        rank_BS = jnp.where(shown_S, number_BS, 2.0).argsort(1).argsort(1)
+        shown_S = jnp.arange(z_BS.shape[1], dtype=jnp.int32) < k
+        rank_BS = jnp.where(shown_S, number_BS, 2.0).argsort(1).argsort(1).astype(j.dtype)
         wrong_BS = jnp.where(shown_S & (rank_BS < j), (z_BS + shift_BS) % modulus, z_BS)
         return oracles.expected_accuracy(predict(tokens_BT.at[:, 2::3].set(wrong_BS)), z_BS)[
             :, k

@@ -217,14 +217,14 @@ def kl_divergence(logits_GL: jax.Array, latent: LatentConfig) -> jax.Array:
     if latent.prior == "beta":
         on, off = latent.beta[0] - 1, latent.beta[1] - 1
         total = on + off
-        at_mode = sum(x * np.log(x / total) for x in (on, off) if x)
+        at_mode = float(sum(x * np.log(x / total) for x in (on, off) if x))
         return at_mode - on * log_q_GL - off * log_not_GL
     q_GL = jax.nn.sigmoid(logits_GL)
     if latent.prior == "uniform":
-        log_p, log_not_p = -np.log(2), -np.log(2)
+        log_p = log_not_p = -float(np.log(2))
     else:
         # Means of exp(log q), so that 1 - p keeps its digits where q is near 1.
-        count = np.log(logits_GL.shape[0])
+        count = float(np.log(logits_GL.shape[0]))
         log_p = jax.nn.logsumexp(jax.lax.stop_gradient(log_q_GL), axis=0) - count
         log_not_p = jax.nn.logsumexp(jax.lax.stop_gradient(log_not_GL), axis=0) - count
     return q_GL * (log_q_GL - log_p) + (1 - q_GL) * (log_not_GL - log_not_p)
@@ -304,7 +304,7 @@ def gradients(
         return jax.tree.map(jnp.add, total, (scores, grads)), None
 
     (_, scores), grads = jax.value_and_grad(own, has_aux=True)(params, 0)
-    others = jnp.arange(1, latent.groups)
+    others = jnp.arange(1, latent.groups, dtype=jnp.int32)
     ((loss, accuracy), grads), _ = jax.lax.scan(add, (scores, grads), others)
     outer = jax.grad(lambda a: late * shared_penalty(a, latent))(params["gates"]["logits_GL"])
     logits_GL = grads["gates"]["logits_GL"] + outer

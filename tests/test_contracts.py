@@ -16,7 +16,7 @@ from asserts import assert_trees_close, assert_trees_equal
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import modgrok
-from modgrok import oracles
+from modgrok import controls, fourier, grids, interpret, interventions, latent_depth, oracles
 from modgrok.tasks import InputSplit, TaskSplit
 from modgrok.training import answer_loss
 
@@ -66,6 +66,71 @@ def capture(params, tokens_BT):
     return modgrok.apply(params, tokens_BT, CFG, positions="all", capture=True)
 
 
+LATENT = modgrok.LatentConfig(groups=2, target_depth=1, prior="aggregated", share_weight=0.1)
+LOGITS = [jnp.array([[0.5], [-1.0]], jnp.float32), jnp.array([[2.0], [0.3]], jnp.float32)]
+GATED = [{**p, "gates": {"logits_GL": a}} for p, a in zip(PARAMS, LOGITS, strict=True)]
+
+
+def gated_chunk(params, key):
+    """Whose gates share the optimiser of the weights."""
+    return modgrok.train_chunk(
+        state(params), key, TASKS[0], INPUTS[0], cfg=CFG, tx=TX, num_steps=2, batch=4,
+        latent=LATENT, group_W=np.array([1, 0], np.int32), **SIZES,
+    )  # fmt: skip
+
+
+def gated_gradients(params, key):
+    noise_GL = latent_depth.logistic_noise(key, 2, CFG.layers)
+    return latent_depth.gradients(
+        lambda p, gate: answer_loss(p, TOKENS[0], CFG, gate=gate), params,
+        jnp.array([0, 1, 1, 0], jnp.int32), latent=dataclasses.replace(LATENT, loop="groups"),
+        noise_GL=noise_GL, step=jnp.int32(700),
+    )  # fmt: skip
+
+
+def attention_scores(params, tokens_BT):
+    seen = capture(params, tokens_BT)[1]
+    return interpret.attention_scores(seen.attention_LBHTT, tokens_BT, modulus=5)
+
+
+def ablate(params, tokens_BT):
+    mask_GLX = interventions.one_at_a_time(CFG.layers, CFG.heads)
+    return interventions.ablate(params, tokens_BT, mask_GLX, KEYS[0], cfg=CFG, kind="resample")
+
+
+def label_corruption(tokens_BT, key):
+    predict = functools.partial(oracles.ratio_matching, modulus=5)
+    return interventions.label_corruption(predict, tokens_BT, key, modulus=5)
+
+
+def corrupt_several(tokens_BT, key):
+    predict = functools.partial(oracles.bayes, modulus=5)
+    return interventions.corrupt_several(predict, tokens_BT, key, [(1, 1)], modulus=5)
+
+
+def patch_activations(params, key):
+    prompts = interventions.matched_prompts(key, TASKS[0], ALL_INPUTS, match=0, batch=2, **SIZES)
+    return interventions.patch_activations(params, prompts, cfg=CFG)
+
+
+def shot_grids(params, tokens_BT):
+    predict = interpret.network(params, CFG).predict
+    return grids.shot_grids(predict, tokens_BT, TASKS[0][[0, 1, 1, 0]], [0, 1], modulus=5, rows=8)
+
+
+def grid_features(params, tokens_BT):
+    grid_NT = interpret.input_grid(tokens_BT[0], TASKS[0][0], modulus=5, shot=0)
+    return interpret.grid_features(interpret.network(params, CFG), grid_NT, shot=0, rows=25)
+
+
+def ratio_similarity(key):
+    feature_GND = jax.random.normal(key, (2, 25, 3), jnp.float32)
+    return interpret.ratio_similarity(feature_GND, key, modulus=5, num=3)
+
+
+ALL_INPUTS = np.stack(np.divmod(np.arange(25), 5), axis=1)
+GRIDS = [jax.random.normal(key, (3, 5, 5)) for key in KEYS]
+
 # name -> (function of arrays, two sets of arguments)
 FUNCTIONS = {
     "sample_sequences": (
@@ -88,7 +153,39 @@ FUNCTIONS = {
         oracles.expected_accuracy,
         [(p, modgrok.answers(t)) for p, t in zip(PROBS, TOKENS, strict=True)],
     ),
+    "train_chunk, gated": (gated_chunk, list(zip(GATED, KEYS, strict=True))),
+    "gradients of groups": (gated_gradients, list(zip(GATED, KEYS, strict=True))),
+    "sample_gates": (latent_depth.sample_gates, list(zip(KEYS, GATED, strict=True))),
+    "penalty": (
+        lambda a, step: latent_depth.penalty(a, LATENT, step),
+        list(zip(LOGITS, map(jnp.int32, (900, 1300)), strict=True)),
+    ),
+    "posterior": (latent_depth.posterior, [(p,) for p in GATED]),
+    "attention_scores": (attention_scores, list(zip(PARAMS, TOKENS, strict=True))),
+    "ablate": (ablate, list(zip(PARAMS, TOKENS, strict=True))),
+    "label_corruption": (label_corruption, list(zip(TOKENS, KEYS, strict=True))),
+    "principal_components": (
+        lambda x: interpret.principal_components(x, components=2),
+        [(x,) for x in GRIDS],
+    ),
+    "pair_shares": (lambda x: fourier.pair_shares(x, modulus=5, kind="log"), [(x,) for x in GRIDS]),
+    "shuffled": (
+        lambda key, x: fourier.shuffled(key, x, modulus=5, kind="log", pairs=True, num=2),
+        list(zip(KEYS, GRIDS, strict=True)),
+    ),
 }
+
+
+# Of these only the types are looked at.
+TRACED = {
+    "logit_lens": (lambda p, t: interventions.logit_lens(p, t, cfg=CFG), (PARAMS[0], TOKENS[0])),
+    "corrupt_several": (corrupt_several, (TOKENS[0], KEYS[0])),
+    "patch_activations": (patch_activations, (PARAMS[0], KEYS[0])),
+    "shot_grids": (shot_grids, (PARAMS[0], TOKENS[0])),
+    "grid_features": (grid_features, (PARAMS[0], TOKENS[0])),
+    "ratio_similarity": (ratio_similarity, (KEYS[0],)),
+    "controls": (lambda t: controls.ratio_matching(5).capture(t), (TOKENS[0],)),
+} | {name: (function, arguments[0]) for name, (function, arguments) in FUNCTIONS.items()}
 
 
 def both(arguments):
@@ -147,9 +244,9 @@ def strict_programs():
     deep = jax.eval_shape(lambda key: modgrok.init_params(key, half), KEYS[0])
     gradient = jax.grad(lambda p, t: answer_loss(p, t, half)[0])
     yield gradient, (deep, TOKENS[0])
-    for name, (function, arguments) in FUNCTIONS.items():
-        if name not in ("train_step", "train_chunk"):
-            yield function, arguments[0]
+    for name, program in TRACED.items():
+        if name not in ("train_step", "train_chunk", "train_chunk, gated"):
+            yield program
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -160,12 +257,12 @@ def test_strict_promotion(x64):
             jax.eval_shape(jax.jit(lambda *args, f=function: f(*args)), *arguments)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", TRACED)
 def test_x64_changes_no_type(name):
-    function, arguments = FUNCTIONS[name]
-    wanted = jax.eval_shape(function, *arguments[0])
+    function, arguments = TRACED[name]
+    wanted = jax.eval_shape(function, *arguments)
     with jax.enable_x64(True):
-        shapes = jax.eval_shape(lambda *args: function(*args), *arguments[0])
+        shapes = jax.eval_shape(lambda *args: function(*args), *arguments)
     assert jax.tree.map(lambda x: x.dtype, shapes) == jax.tree.map(lambda x: x.dtype, wanted)
 
 
