@@ -60,9 +60,9 @@ class NonFiniteError(Exception):
 class Interrupted(Exception):
     """A signal asked to stop; the state is on disk."""
 
-    def __init__(self, signum: int, step: int) -> None:
+    def __init__(self, signum: int, where: str) -> None:
         name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} at step {step}; the same command continues from there")
+        super().__init__(f"stopped by {name} {where}; the same command continues from there")
         self.status = 128 + signum  # what shells and schedulers show for a death by this signal
 
 
@@ -224,7 +224,7 @@ def run(
                     loop.save()
                 if signum is not None:
                     checkpoints.wait()
-                    raise Interrupted(signum, loop.step)
+                    raise Interrupted(signum, f"at step {loop.step}")
         loop.read(progress)
     finally:
         progress.close()

@@ -296,9 +296,8 @@ class _Trainer:
     def _end(self, signum: int, where: str) -> None:
         from launch.loop import Interrupted
 
-        error = Interrupted(signum, 0)
-        text = str(error).replace("at step 0", where)
-        print(f"{PROGRAM}: {text}", file=sys.stderr)
+        error = Interrupted(signum, where)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         raise SystemExit(error.status)
 
     def _report(
