@@ -56,8 +56,8 @@ class Run:
     groups: int = 1
     prior: str = "uniform"
     kl: float = 0.01
-    depth: float = 0.1
-    entropy: float = 0.5
+    depth: float = 0.5
+    entropy: float = 2.5
     share: float = 0.0
     soft: int = 200
     anneal: int = 400
@@ -268,14 +268,14 @@ def experiments(args: argparse.Namespace) -> dict[str, tuple[list[Run], Any]]:
     # A hundred blocks at their target, and a sweep of rates that ends before the depth term begins.
     hundred = [change(base, seed=s, layers=100, target=12, batch=24) for s in args.seeds]
     sweep = change(
-        base, layers=100, steps=args.steps or 300, target=12, optimizer="adamw", batch=24, soft=100,
-        anneal=200, warmup=20, every=20,
+        base, layers=100, steps=args.steps or 200, target=12, optimizer="adamw", batch=24, soft=100,
+        anneal=100, warmup=20, every=20,
     )  # fmt: skip
     kinds = ({"gated": True}, {"gated": False}, {"gated": False, "norm": "post"})
     stability = [
         change(sweep, seed=s, lr=lr, target=12 if kind["gated"] else None, **kind)
         for s in args.seeds
-        for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+        for lr in (3e-3, 1e-2, 3e-2, 1e-1)
         for kind in kinds
     ]
     deep = change(
