@@ -275,7 +275,7 @@ def experiments(args: argparse.Namespace) -> dict[str, tuple[list[Run], Any]]:
     stability = [
         change(sweep, seed=s, lr=lr, target=12 if kind["gated"] else None, **kind)
         for s in args.seeds
-        for lr in (3e-3, 1e-2, 3e-2, 1e-1)
+        for lr in (3e-3, 1e-2, 1e-3, 3e-4)
         for kind in kinds
     ]
     deep = change(
