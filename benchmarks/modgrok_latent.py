@@ -56,7 +56,7 @@ class Run:
     groups: int = 1
     prior: str = "uniform"
     kl: float = 0.01
-    depth: float = 0.5
+    depth: float = 1.25
     entropy: float = 2.5
     share: float = 0.0
     soft: int = 200

@@ -82,7 +82,7 @@ class TrainConfig:
     )
     gate_beta: tuple[float, ...] = field((1.0, 2.0), "the two numbers of that density", min=1)
     gate_kl_weight: float = field(0.01, "of the mean divergence from the prior", min=0)
-    gate_depth_weight: float = field(0.5, "of (depth - target_depth)^2 / layers", min=0)
+    gate_depth_weight: float = field(1.25, "of (depth - target_depth)^2 / layers", min=0)
     gate_share_weight: float = field(0.0, "of the term that makes groups agree", min=0)
     gate_entropy_weight: float = field(2.5, "of the mean of q (1 - q)", min=0)
     gate_soft_steps: int | None = field(

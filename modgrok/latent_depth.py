@@ -54,7 +54,7 @@ class LatentConfig:
     prior: Literal["uniform", "aggregated", "beta"] = "uniform"
     beta: tuple[float, float] = (1.0, 2.0)
     kl_weight: float = 0.01
-    depth_weight: float = 0.5
+    depth_weight: float = 1.25
     share_weight: float = 0.0
     entropy_weight: float = 2.5
     soft_steps: int = 500
