@@ -199,6 +199,7 @@ def _behaviour(what: interpret.Subject, look: Look, tokens_R4BT: jax.Array) -> A
     corrupt = functools.partial(
         interventions.label_corruption, what.predict, modulus=modulus, row_sharding=look.sharding
     )
+    corrupt = _waiting(corrupt)
     unseen_RBT = tokens_R4BT[:, UNSEEN]
     maps = [corrupt(tokens, key) for tokens, key in zip(unseen_RBT, _keys(look, 3), strict=True)]
     count_N2 = np.array([(last, j) for j in range(last + 1)])
@@ -361,7 +362,7 @@ def _interventions(
         gate = None if gate is None else parallel.replicate(gate, look.mesh)
         tokens_R4BT = parallel.replicate(tokens_R4BT, look.mesh)
     common = {"cfg": model, "gate": gate, "row_sharding": look.sharding}
-    ablate = functools.partial(interventions.ablate, params, chunk=look.chunk, **common)
+    ablate = _waiting(functools.partial(interventions.ablate, params, chunk=look.chunk, **common))
     layers, heads, neurons = model.layers, model.heads, model.mlp_ratio * model.width
     nothing_1LH = jnp.zeros((1, layers, heads), bool)
     together = look.problem.together
@@ -386,20 +387,29 @@ def _interventions(
             arrays[f"head_{kind}_{name}_R4GS"] = getattr(_stack(heads_R4), field)
             arrays[f"hidden_{kind}_{name}_RGS"] = getattr(_stack(neurons_R), field)
 
-    lens = _stack(
-        [interventions.logit_lens(params, four[UNSEEN], **common) for four in tokens_R4BT]
-    )
+    look_through = _waiting(functools.partial(interventions.logit_lens, params, **common))
+    lens = _stack([look_through(four[UNSEEN]) for four in tokens_R4BT])
     arrays |= {"lens_accuracy_RLS": lens.accuracy_S, "lens_loss_RLS": lens.loss_S}
     prompts_R = _prompts(look)
     if look.sharding is not None:
         prompts_R = parallel.replicate(prompts_R, look.mesh)
     patch = functools.partial(interventions.patch_activations, chunk=look.chunk, **common)
+    patch = _waiting(patch)
     start = 3 * match_of(look.problem.shots) + 2  # the token that differs
     for site, axes in (("residual", "RLT"), ("head", "RLH")):
         rows = _stack([patch(params, prompts, site=site, start=start) for prompts in prompts_R])
         arrays[f"patched_{site}_{axes}"] = rows.patched
         arrays |= {"patched_clean_R": rows.clean, "patched_corrupt_R": rows.corrupt}
     return arrays
+
+
+def _waiting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose result is there at return.
+
+    Many calls in the queue that all communicate can starve each other on simulated devices, until
+    XLA gives up and ends the process.
+    """
+    return lambda *args, **options: jax.block_until_ready(function(*args, **options))
 
 
 def _stack(trees: list[Any]) -> Any:
