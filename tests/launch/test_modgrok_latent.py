@@ -19,7 +19,7 @@ from modgrok import interop
 GATED = (
     *TINY,
     *("--layers=2", "--latent_depth", "--target_depth=1", "--gate_soft_steps=1"),
-    *("--gate_anneal_steps=2", "--gate_lr=0.3"),
+    *("--gate_anneal_steps=2", "--gate_lr=0.3", "--gate_entropy_weight=0.2"),
 )
 
 

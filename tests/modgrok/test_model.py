@@ -235,7 +235,8 @@ def test_patched_activations_are_those_given(name):
 def test_logit_lens_of_the_last_block_is_the_model():
     params = random_params(CFG)
     logits, seen = logits_of(params, TOKENS_BT, cfg=CFG, positions="all", capture=True)
-    np.testing.assert_allclose(unembed(params, seen.residual_LBTD[-1], CFG), logits, rtol=1e-5)
+    found = unembed(params, seen.residual_LBTD[-1], CFG)
+    np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-6)
     assert unembed(params, seen.residual_LBTD, CFG).shape == (2, *logits.shape)
 
 
