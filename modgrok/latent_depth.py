@@ -39,6 +39,8 @@ class LatentConfig:
         prior: of a gate: "uniform" is 1/2, "aggregated" the mean of q over groups, held fixed,
             "beta" a density Beta(*beta) of q, with both numbers at least 1 and one more.
         kl_weight, depth_weight, share_weight, entropy_weight: of the terms of `penalty`, in nats.
+            A closed gate opens again only while more than entropy_weight / (2 depth_weight)
+            blocks are missing of target_depth.
         soft_steps: steps with soft samples; then they are 0 or 1, with straight-through gradients.
         anneal_steps: the weight of the KL rises from 0 over so many steps after the soft ones; the
             weights of the other terms over so many after that.
