@@ -144,9 +144,11 @@ def test_sharing_has_the_exact_slope_and_is_least_where_groups_agree():
 
 
 def test_the_depth_term_of_100_open_blocks_is_no_thousand_nats():
-    latent = LatentConfig(target_depth=12, entropy_weight=0)
+    latent = LatentConfig(target_depth=12, entropy_weight=0, depth_weight=0.1)
     at_start = latent_depth.shared_penalty(jnp.full((1, 100), latent.init), latent)
-    assert 0.1 < at_start < 100
+    assert 0.1 < at_start < 10
+    default = LatentConfig(target_depth=12, entropy_weight=0)
+    assert latent_depth.shared_penalty(jnp.full((1, 100), default.init), default) < 100
     at_target = latent_depth.shared_penalty(
         jnp.where(jnp.arange(100) < 12, 30.0, -30.0)[None], latent
     )
