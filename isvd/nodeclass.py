@@ -5,11 +5,11 @@ W = V f(S) U^T Y from the SVD of the training rows of M. Averaging the scores of
 averaging their weights, so an ensemble over dropout draws is one linear model again.
 
 Axes: N nodes, F features, C classes, D = (L + 1) F columns of the design, T training nodes,
-V validation nodes, K rank, G settings that are compared, R ranks, P ridges.
+V validation nodes, K rank, G settings that are compared, R ranks, P ridges, B dropout draws.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,11 @@ from isvd.linkpred import embeddings
 from isvd.operators import LinearOperator, dense
 from isvd.solve import pinv_solve
 from isvd.spmm import sparse
+from isvd.triplets import positive
+
+# Called on the host after a factorisation: of what, columns that were multiplied, and the largest
+# residual over s[0].
+Report = Callable[[str, int, float], None]
 
 
 class Fit(NamedTuple):
@@ -128,6 +133,7 @@ def node_embedding(
     window: int = 3,
     negative_weight: float = 0.05,
     tol: float | None = None,
+    report: Report | None = None,
 ) -> jax.Array:
     """[U sqrt(s) | V sqrt(s)], (N, 2 rank), of the walk matrix with P = D^-1 A, no degree factor.
 
@@ -140,17 +146,30 @@ def node_embedding(
         symmetric=False,
         degree_factor=False,
     )
-    return jnp.hstack(embeddings(svd(walks, key, rank=rank, tol=tol)))
+    factors = svd(walks, key, rank=rank, tol=tol)
+    _tell(report, "walks", factors.products, _residual(factors))
+    return jnp.hstack(embeddings(factors))
 
 
-def principal_components(features: LinearOperator, key: jax.Array, *, rank: int) -> jax.Array:
+def _residual(factors: SVD) -> jax.Array:
+    return factors.residual_K.max() / positive(factors.s_K[0])
+
+
+def _tell(report: Report | None, what: str, products: jax.Array, residual: jax.Array) -> None:
+    if report is not None:
+        report(what, int(products.sum()), float(residual.max()))
+
+
+def principal_components(
+    features: LinearOperator, key: jax.Array, *, rank: int, report: Report | None = None
+) -> jax.Array:
     """The scores of the leading principal components, (N, rank): U diag(s) of the centred features.
 
     Up to a quarter of min(N, F), `svd` of the operator. From there on nearly the whole spectrum is
     wanted, and Krylov bases cost more than the eigenvectors of the Gram matrix of the shorter side,
     which is made from products and has min(N, F)^2 entries. Its squares lose components below
     sqrt(eps) of the first: in float32 those with less than 1e-7 of its variance come out as noise
-    of that size.
+    of that size. The Gram matrix is not reported: it has no residuals.
 
     Raises:
         ValueError: if the rank is outside 1 to min(N, F).
@@ -162,6 +181,7 @@ def principal_components(features: LinearOperator, key: jax.Array, *, rank: int)
         )
     if 4 * rank <= shortest:
         factors = svd(centered(features), key, rank=rank)
+        _tell(report, "features", factors.products, _residual(factors))
         return factors.u_MK * factors.s_K
     return _components_by_gram(rank, features)
 
@@ -184,6 +204,7 @@ def planetoid_features(
     *,
     embedding_rank: int = 64,
     pca_rank: int | None = 1000,
+    report: Report | None = None,
 ) -> LinearOperator:
     """Z = [PCA of [X | R] | R] with R the node embedding, (N, pca_rank + 2 embedding_rank).
 
@@ -195,17 +216,20 @@ def planetoid_features(
     Args:
         adjacency: (N, N), scipy sparse.   features: X, (N, F), scipy sparse or dense.
         pca_rank: cut to min(N, F + 2 embedding_rank).
+        report: as of `classify`.
     Source: section 3 and the reference's Planetoid script.
     """
     key_embed, key_pca = jax.random.split(key)
     x = sparse(features) if hasattr(features, "tocsr") else dense(features)
-    r_NR = node_embedding(adjacency, key_embed, rank=embedding_rank).astype(x.dtype)
+    r_NR = node_embedding(adjacency, key_embed, rank=embedding_rank, report=report)
+    r_NR = r_NR.astype(x.dtype)
     embedding = dense(r_NR)
     both = hstack([x, embedding])
     if pca_rank is None:
         return hstack([centered(both), embedding])
     rank = min(pca_rank, *both.shape)
-    return dense(jnp.hstack([principal_components(both, key_pca, rank=rank), r_NR]))
+    components = principal_components(both, key_pca, rank=rank, report=report)
+    return dense(jnp.hstack([components, r_NR]))
 
 
 # Fit ---------------------------------------------------------------------------------------------
@@ -223,6 +247,7 @@ def fit(
     draws: int = 8,
     copies: int = 1,
     rate: float = 0.5,
+    report: Report | None = None,
 ) -> Fit:
     """Fit the linear classifier to the training nodes; validation nodes choose rank and ridge.
 
@@ -236,6 +261,7 @@ def fit(
         ranks: triplets to use; those beyond the rows of a draw are left out.
         ridges: relative to s[0]^2.
         draws: 0 fits the clean rows alone, without forming them (copies and rate are not used).
+        report: as of `classify`; of all draws together, with the largest of their residuals.
     Raises:
         ValueError: for nodes out of range or without a label, less than two classes in the
             training rows, training rows that are all zero, or settings outside their range.
@@ -266,14 +292,20 @@ def fit(
     if draws:
         sizes = (ranks, int(draws), int(copies))
         keep = jnp.asarray(1 - rate, design.dtype)
-        weights_DGC, size = _average_weights(sizes, rows, targets_TC, ridge_P, keep, key)
+        weights_DGC, size, products_B, residual_B = _average_weights(
+            sizes, rows, targets_TC, ridge_P, keep, key
+        )
+        what = "training rows with dropout"
     else:
         factors = svd(rows, key, rank=ranks[-1])
         weights_DGC, size = _weights_by_setting(ranks, factors, targets_TC, ridge_P), factors.s_K[0]
+        products_B, residual_B = factors.products, _residual(factors)
+        what = "training rows"
     if not size > 0:  # NaN is not
         raise ValueError(
             "the training rows of the design are all zero, or not finite: check the features"
         )
+    _tell(report, what, products_B, residual_B)
     return _chosen(design, weights_DGC, labels_N, validation_V, ranks, ridges)
 
 
@@ -285,22 +317,25 @@ def _average_weights(
     ridge_P: jax.Array,
     keep: jax.Array,
     key: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The mean weights, the largest value, and the products and residual of each draw."""
     ranks, draws, copies = sizes
     rows_TD = rows.to_dense()
     targets = jnp.tile(targets_TC, (1 + copies, 1))
 
-    def one_draw(total: tuple, key: jax.Array) -> tuple[tuple, None]:
+    def one_draw(total: tuple, key: jax.Array) -> tuple[tuple, tuple]:
         key_mask, key_svd = jax.random.split(key)
         mask = jax.random.bernoulli(key_mask, keep, (copies, *rows_TD.shape))
         noisy = jnp.where(mask, rows_TD / keep, 0).reshape(-1, rows_TD.shape[1])
         factors = svd(dense(jnp.vstack([rows_TD, noisy])), key_svd, rank=ranks[-1])
         weights_DGC = _weights_by_setting(ranks, factors, targets, ridge_P)
-        return (total[0] + weights_DGC / draws, jnp.maximum(total[1], factors.s_K[0])), None
+        total = (total[0] + weights_DGC / draws, jnp.maximum(total[1], factors.s_K[0]))
+        return total, (factors.products, _residual(factors))
 
     shape = (rows.shape[1], len(ranks) * len(ridge_P), targets_TC.shape[1])
     start = (jnp.zeros(shape, rows_TD.dtype), jnp.zeros((), rows_TD.dtype))
-    return jax.lax.scan(one_draw, start, jax.random.split(key, draws))[0]
+    total, told = jax.lax.scan(one_draw, start, jax.random.split(key, draws))
+    return (*total, *told)
 
 
 def _weights_by_setting(
@@ -348,6 +383,7 @@ def classify(
     num_hops: int = 15,
     embedding_rank: int = 64,
     pca_rank: int | None = 1000,
+    report: Report | None = None,
     **fit_options: Any,
 ) -> Fit:
     """The paper's Planetoid pipeline, from the graph to the scores.
@@ -356,13 +392,20 @@ def classify(
         adjacency: (N, N), scipy sparse, symmetric, of 0 and 1.   features: X, (N, F).
         labels_N: -1 where unknown. Only those of the two sets are looked at.
         num_hops, embedding_rank, pca_rank: as in `design.propagated` and `planetoid_features`.
+        report: called on the host after each factorisation with what was factorised, the columns
+            that were multiplied, and the largest residual over s[0].
         fit_options: of `fit`.
     Source: section 3. Beyond the reference: validation nodes choose rank and ridge, and eight
         dropout draws are averaged; `ranks=(100,), ridges=(0.0,), draws=1` is the reference.
     """
     key_features, key_fit = jax.random.split(key)
     z = planetoid_features(
-        adjacency, features, key_features, embedding_rank=embedding_rank, pca_rank=pca_rank
+        adjacency,
+        features,
+        key_features,
+        embedding_rank=embedding_rank,
+        pca_rank=pca_rank,
+        report=report,
     )
     design = propagated(sparse(normalized_adjacency(adjacency), z.dtype), z, num_hops)
-    return fit(design, labels_N, train_T, validation_V, key_fit, **fit_options)
+    return fit(design, labels_N, train_T, validation_V, key_fit, report=report, **fit_options)

@@ -138,7 +138,7 @@ def _work(
 ) -> tuple[dict[str, Any], program.Arrays]:
     starts = []
     for number in range(cfg.seeds):
-        start = _one(cfg, problem, program.key_for(cfg, 1 + number))
+        start = _one(cfg, problem, program.key_for(cfg, 1 + number), say)
         starts.append(start)
         row = start.row
         folder.scalars(number, row)
@@ -157,10 +157,14 @@ def _work(
     return _result(cfg, [start.row for start in starts], say), _arrays(cfg, problem, starts)
 
 
-def _one(cfg: NodeConfig, problem: _Problem, key: Any) -> _Start:
+def _one(cfg: NodeConfig, problem: _Problem, key: Any, say: Callable[..., None]) -> _Start:
     import jax
 
     from isvd import nodeclass
+
+    # Not `isvd.svd`'s own report: a program that calls the host is not kept for the next start.
+    def report(what: str, products: int, residual: float) -> None:
+        say(f"{what}: {products} products, residual {residual:.1e} of the largest value")
 
     began, data = time.monotonic(), problem.data
     fit = nodeclass.classify(
@@ -177,6 +181,7 @@ def _one(cfg: NodeConfig, problem: _Problem, key: Any) -> _Start:
         ridges=cfg.ridge,
         draws=cfg.dropout_copies,
         rate=_DROP_RATE,
+        report=report,
     )
     row: dict[str, Any] = {
         "validation_accuracy": float(fit.accuracy_RP.max()),
@@ -186,13 +191,15 @@ def _one(cfg: NodeConfig, problem: _Problem, key: Any) -> _Start:
     }
     deep_scores_NC = None
     if cfg.deepen:
-        more, deep_scores_NC = _deepened(cfg, problem, jax.random.fold_in(key, 1))
+        more, deep_scores_NC = _deepened(cfg, problem, jax.random.fold_in(key, 1), report)
         row |= more
     row["seconds_fit"] = time.monotonic() - began
     return _Start(fit, row, deep_scores_NC)
 
 
-def _deepened(cfg: NodeConfig, problem: _Problem, key: Any) -> tuple[dict[str, Any], np.ndarray]:
+def _deepened(
+    cfg: NodeConfig, problem: _Problem, key: Any, report: Callable[[str, int, float], None]
+) -> tuple[dict[str, Any], np.ndarray]:
     """Fit a smaller design, whose layers are small enough to train, and fine-tune it.
 
     A layer of the network has as many neurons as a block of the design has columns, twice over.
@@ -211,6 +218,7 @@ def _deepened(cfg: NodeConfig, problem: _Problem, key: Any) -> tuple[dict[str, A
         key_features,
         embedding_rank=cfg.deepen_embedding_rank,
         pca_rank=cfg.deepen_pca_rank,
+        report=report,
     )
     step = isvd.sparse(design.normalized_adjacency(data.adjacency), z.dtype)
     nodes = (data.labels_N, data.train_I, data.validation_I)
@@ -222,6 +230,7 @@ def _deepened(cfg: NodeConfig, problem: _Problem, key: Any) -> tuple[dict[str, A
         ridges=cfg.ridge,
         draws=cfg.dropout_copies,
         rate=_DROP_RATE,
+        report=report,
     )
     start = deepen.init(fit.weights_DC.reshape(cfg.deepen_hops + 1, z.shape[1], -1))
     x_NF = z.matmat(jnp.eye(z.shape[1], dtype=z.dtype))

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse
 
 from isvd import nodeclass
-from isvd.algebra import centered
+from isvd.algebra import centered, take_rows
 from isvd.design import normalized_adjacency, propagated
 from isvd.factorize import svd
 from isvd.operators import dense
@@ -120,6 +120,31 @@ def test_node_embedding():
     assert got.shape == (90, 10)
     assert_close(got[:, :5] @ got[:, 5:].T, u[:, :5] * s[:5] @ vt[:5], 1e-3)
     assert_close((got**2).sum(0), np.r_[s[:5], s[:5]], 1e-3)
+
+
+def test_factorisations_are_reported():
+    graph, features, labels_N, train, validation, _ = planted()
+    key, told = jax.random.key(0), []
+    options = {"embedding_rank": 4, "pca_rank": 6, "num_hops": 2, "ranks": (3,), "draws": 0}
+    nodeclass.classify(
+        graph, features, labels_N, train, validation, key,
+        report=lambda *numbers: told.append(numbers), **options,
+    )  # fmt: skip
+    assert [what for what, *_ in told] == ["walks", "features", "training rows"]
+    key_features, key_fit = jax.random.split(key)
+    z = nodeclass.planetoid_features(graph, features, key_features, embedding_rank=4, pca_rank=6)
+    step = sparse(normalized_adjacency(graph), z.dtype)
+    rows = take_rows(propagated(step, z, 2), train)
+    factors = svd(rows, key_fit, rank=3)
+    residual = float(factors.residual_K.max() / factors.s_K[0])
+    assert told[2] == ("training rows", int(factors.products), pytest.approx(residual, abs=1e-6))
+    assert 0 < told[0][2] < 1e-3  # the others have a basis of all columns
+
+    told.clear()
+    fitted(draws=3, report=lambda *numbers: told.append(numbers))
+    fitted(draws=1, report=lambda *numbers: told.append(numbers))
+    assert [what for what, *_ in told] == ["training rows with dropout"] * 2
+    assert told[0][1] >= 2 * told[1][1]
 
 
 def test_features_by_components_and_without():

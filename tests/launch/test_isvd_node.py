@@ -1,6 +1,7 @@
 """The node classification program on a planted graph, and on Cora where it is."""
 
 import functools
+import re
 from collections import defaultdict
 
 import jax
@@ -82,6 +83,7 @@ def test_the_numbers_are_those_of_the_library(dataset, tmp_path, program):
     assert (said["steps"], said["seeds"], said["name"]) == (0, 2, "cora")
     assert "deepened_test_accuracy" not in said
     assert "seed 2/2  validation " in answer[2]
+    assert re.search(r"training rows with dropout: \d+ products, residual \S+ of", answer[2])
 
     with np.load(workdir / "predictions.npz") as saved:
         right = saved["predicted"] == saved["labels"]
