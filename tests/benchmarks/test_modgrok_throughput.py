@@ -60,6 +60,7 @@ def as_torch(tokens_BT):
     return torch.tensor(np.asarray(tokens_BT), dtype=torch.long)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("complex_numbers", [True, False])  # eager's form and the compiler's
 def test_peer_has_our_loss_and_accuracy(complex_numbers):
     trainer, params, tokens_BT = make_trainer(), make_params(), make_tokens(2)
@@ -130,6 +131,7 @@ def test_flops_of_the_papers_run():
     np.testing.assert_allclose(200_000 * bench.step_flops(size, needed=False), 0.75e18, rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torch_too", [False, True])
 def test_speed_table_has_positive_finite_numbers(torch_too, monkeypatch):
     monkeypatch.setattr(timing, "cores", lambda: 1)  # two spinning threads crawl on a busy machine
@@ -179,6 +181,7 @@ def test_wrong_flags_end_with_status_2(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_main_writes_its_table_and_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SIZES", {"tiny": TINY})
     monkeypatch.setattr(bench, "PEERS", ())

@@ -67,6 +67,7 @@ def test_sweep_rows_are_of_equal_losses_and_scaled_to_a_step_and_run(monkeypatch
     assert_tabled(rows, bench.SWEEP_COLUMNS)
 
 
+@pytest.mark.slow
 def test_flatness_rows_are_of_equal_minima():
     rows = bench.measure_flatness(12, 16, 0.1, problems=3, timed=2, repetitions=1)
     assert [row["solver"] for row in rows] == ["ours, float32", "ours, float64", "HiGHS"]

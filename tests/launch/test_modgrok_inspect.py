@@ -82,6 +82,7 @@ def test_a_run_becomes_a_page_with_controls(program, finished, tmp_path):
     assert contents(finished) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".npz", ".pt"])
 def test_a_file_with_the_references_names(program, file, tmp_path, suffix):
     if suffix == ".pt":

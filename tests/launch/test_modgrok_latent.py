@@ -57,6 +57,7 @@ def test_a_run_reports_its_gates_and_is_resumed(program, gated, tmp_path):
     assert result["best_step"] == 8
 
 
+@pytest.mark.slow
 def test_groups_of_tasks_from_a_file(program, gated, tmp_path):
     cfg = settings(*GATED)
     train_W2 = modgrok_config.prepare_data(cfg)[0].train_W2

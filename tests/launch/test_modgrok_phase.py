@@ -68,6 +68,7 @@ def test_what_it_leaves(whole):
     assert len((whole / "metrics.jsonl").read_text().splitlines()) == 3  # two tests, the result
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_modgrok_train(train, tmp_path, whole):
     flags = [x for x in SMALL if not x.startswith(("--num_tasks", "--eval_rows"))]
     summary(
@@ -139,6 +140,7 @@ def test_damaged_files_are_said_and_made_again(program, tmp_path, whole):
     assert_equal(saved(folder), saved(whole))
 
 
+@pytest.mark.slow
 def test_spread_over_devices(tmp_path, monkeypatch, capsys, whole):
     argv = ["modgrok_phase", "--compilation_cache=", "--devices=2", *SMALL, "--nofigures"]
     monkeypatch.setattr(sys, "argv", [*argv, f"--workdir={tmp_path}/run"])

@@ -69,6 +69,7 @@ def test_answer_scores_are_means_of_hits_and_of_nats():
     np.testing.assert_allclose(found.loss_S, nats_BS.mean(0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_chunks_and_devices_change_no_number():
     mask_GLX = interventions.one_at_a_time(2, 2)
     run = functools.partial(interventions.ablate, cfg=CFG, kind="mean")

@@ -127,6 +127,7 @@ def test_muon_too():
     assert_like_alone(plan, *train(plan, calls=1), cells=(2,))
 
 
+@pytest.mark.slow
 def test_together_and_spread_over_devices_they_are_equal(one_by_one):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     other = train(make_plan(ema_decay=0.9), together=2, mesh=mesh)  # pairs, on two devices
