@@ -74,6 +74,21 @@ def test_every_solver_reports(graph, monkeypatch, capsys):
         )
 
 
+def test_more_is_asked_of_float64(graph, monkeypatch):
+    monkeypatch.setattr(benchmark, "RANK", 4)
+    with jax.enable_x64(True):
+        (row,) = benchmark.measure(
+            "graph",
+            lambda: benchmark.sparse_problem(graph, np.float64),
+            ["ours"],
+            repetitions=1,
+            limit=60,
+        )
+    assert row["accurate"] == "yes"
+    assert row["value_error"] < 1e-12
+    assert row["residual"] < 1e-8
+
+
 def test_scaling_row():
     row = benchmark.scale_one(3000)
     assert row["nodes"] == 1000
