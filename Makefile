@@ -9,8 +9,9 @@ STAMP := $(VENV)/installed
 demo: $(STAMP)
 	$(BIN)/python -m launch.modgrok_train --preset=demo $(ARGS)
 
-# A file of tests goes to one process: its fixtures hold finished runs.
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# A file of tests goes to one process: its fixtures hold finished runs. Files are begun in order.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+	--no-loadscope-reorder
 
 test: $(STAMP)
 	$(PYTEST) $(ARGS)

@@ -147,7 +147,7 @@ def node_embedding(
         degree_factor=False,
     )
     factors = svd(walks, key, rank=rank, tol=tol)
-    _tell(report, "walks", factors.products, _residual(factors))
+    _tell(report, "walks", factors)
     return jnp.hstack(embeddings(factors))
 
 
@@ -155,9 +155,9 @@ def _residual(factors: SVD) -> jax.Array:
     return factors.residual_K.max() / positive(factors.s_K[0])
 
 
-def _tell(report: Report | None, what: str, products: jax.Array, residual: jax.Array) -> None:
+def _tell(report: Report | None, what: str, factors: SVD) -> None:
     if report is not None:
-        report(what, int(products.sum()), float(residual.max()))
+        report(what, int(factors.products), float(_residual(factors)))
 
 
 def principal_components(
@@ -181,7 +181,7 @@ def principal_components(
         )
     if 4 * rank <= shortest:
         factors = svd(centered(features), key, rank=rank)
-        _tell(report, "features", factors.products, _residual(factors))
+        _tell(report, "features", factors)
         return factors.u_MK * factors.s_K
     return _components_by_gram(rank, features)
 
@@ -295,17 +295,16 @@ def fit(
         weights_DGC, size, products_B, residual_B = _average_weights(
             sizes, rows, targets_TC, ridge_P, keep, key
         )
-        what = "training rows with dropout"
+        if report is not None:
+            report("training rows with dropout", int(products_B.sum()), float(residual_B.max()))
     else:
         factors = svd(rows, key, rank=ranks[-1])
         weights_DGC, size = _weights_by_setting(ranks, factors, targets_TC, ridge_P), factors.s_K[0]
-        products_B, residual_B = factors.products, _residual(factors)
-        what = "training rows"
+        _tell(report, "training rows", factors)
     if not size > 0:  # NaN is not
         raise ValueError(
             "the training rows of the design are all zero, or not finite: check the features"
         )
-    _tell(report, what, products_B, residual_B)
     return _chosen(design, weights_DGC, labels_N, validation_V, ranks, ridges)
 
 

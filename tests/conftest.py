@@ -11,6 +11,11 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
+def pytest_collection_modifyitems(items):
+    """The README's commands come first: no file takes longer, and other processes are not idle."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Free the compiled programs of a file of tests.
