@@ -45,7 +45,7 @@ def test_readme_runs_in_order(tmp_path):
             commands = [shlex.split(line)[1:] for line in lines]
         for command in commands:
             done = subprocess.run(
-                [sys.executable, *command], **run, capture_output=True, timeout=300
+                [sys.executable, *command], **run, capture_output=True, timeout=900
             )
             assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
             ran.append(done)
