@@ -23,7 +23,7 @@ from isvd.linkpred import embeddings
 from isvd.operators import LinearOperator, dense
 from isvd.solve import pinv_solve
 from isvd.spmm import sparse
-from isvd.triplets import positive
+from isvd.triplets import relative_residual
 
 # Called on the host after a factorisation: of what, columns that were multiplied, and the largest
 # residual over s[0].
@@ -151,13 +151,10 @@ def node_embedding(
     return jnp.hstack(embeddings(factors))
 
 
-def _residual(factors: SVD) -> jax.Array:
-    return factors.residual_K.max() / positive(factors.s_K[0])
-
-
 def _tell(report: Report | None, what: str, factors: SVD) -> None:
     if report is not None:
-        report(what, int(factors.products), float(_residual(factors)))
+        residual = relative_residual(factors.residual_K, factors.s_K)
+        report(what, int(factors.products), float(residual))
 
 
 def principal_components(
@@ -329,7 +326,7 @@ def _average_weights(
         factors = svd(dense(jnp.vstack([rows_TD, noisy])), key_svd, rank=ranks[-1])
         weights_DGC = _weights_by_setting(ranks, factors, targets, ridge_P)
         total = (total[0] + weights_DGC / draws, jnp.maximum(total[1], factors.s_K[0]))
-        return total, (factors.products, _residual(factors))
+        return total, (factors.products, relative_residual(factors.residual_K, factors.s_K))
 
     shape = (rows.shape[1], len(ranks) * len(ridge_P), targets_TC.shape[1])
     start = (jnp.zeros(shape, rows_TD.dtype), jnp.zeros((), rows_TD.dtype))

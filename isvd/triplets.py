@@ -64,9 +64,14 @@ def positive(x: jax.Array) -> jax.Array:
     return jnp.where((x > 0) & jnp.isfinite(x), x, 1)
 
 
+def relative_residual(residual_K: jax.Array, s_K: jax.Array) -> jax.Array:
+    """The largest residual over s[0]."""
+    return residual_K.max() / positive(s_K[0])
+
+
 def report_pass(plan: Plan, products: jax.Array, residual_K: jax.Array, s_K: jax.Array) -> None:
     if plan.report is not None:
-        jax.debug.callback(plan.report, products, residual_K.max() / positive(s_K[0]))
+        jax.debug.callback(plan.report, products, relative_residual(residual_K, s_K))
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
