@@ -11,6 +11,10 @@ the returned triplets: the largest error of a singular value and the larger of b
 |A v - s u|, |A^H u - s v|, each relative to the largest singular value; the reference values come
 from a run of ours in float64 at a tolerance of 1e-10 (for the dense matrix from LAPACK).
 
+On a GPU the peers are its libraries' solvers (`--solvers ours "cupy svds" "torch lowrank"`): CuPy's
+Lanczos `svds` and PyTorch's randomised `svd_lowrank`. Their matrices lie there before the clock
+starts.
+
 Times are from arrays in memory to numpy arrays of the result, medians of interleaved repetitions;
 the first call of ours includes compilation and has a column of its own. `halko` is the algorithm
 of the official iSVD code (ten iterations, oversampling 30, Cholesky) on scipy's products.
@@ -55,6 +59,7 @@ class Problem(NamedTuple):
     operator: Any  # ours
     scipy: Any  # array, sparse matrix or LinearOperator
     explicit: bool  # whether `scipy` is a matrix
+    elsewhere: Callable | None = None  # (library, move) -> what `scipy` is, of another library
 
 
 def sparse_problem(matrix: Any, dtype: Any) -> Problem:
@@ -80,33 +85,38 @@ def walk_problem(adjacency: Any, dtype: Any, *, window: int = 10, weight: float 
     op = isvd.windowed_sum(isvd.sparse(walk), jnp.asarray(coef_Q)) @ isvd.diagonal(scale_N1[:, 0])
     op = op - weight * (isvd.ones(n, n, dtype) - isvd.sparse(edges))
 
-    def walks(x_NC: np.ndarray) -> np.ndarray:
-        y_NC = coef_Q[-1] * x_NC
-        for coef in coef_Q[-2::-1]:
-            y_NC = walk @ y_NC + coef * x_NC
-        return walk @ y_NC
+    def linear(library: Any = scipy.sparse.linalg, move: Callable = lambda x: x) -> Any:
+        """The products with another library's arrays, which `move` makes of ours."""
+        walk_, edges_, scale_ = (move(x) for x in (walk, edges, scale_N1))
 
-    def absent(x_NC: np.ndarray) -> np.ndarray:
-        return dtype(weight) * (x_NC.sum(0) - edges @ x_NC)
+        def walks(x_NC: Any) -> Any:
+            y_NC = coef_Q[-1] * x_NC
+            for coef in coef_Q[-2::-1]:
+                y_NC = walk_ @ y_NC + coef * x_NC
+            return walk_ @ y_NC
 
-    def matmat(x_NC: np.ndarray) -> np.ndarray:
-        return walks(scale_N1 * x_NC) - absent(x_NC)
+        def absent(x_NC: Any) -> Any:
+            return dtype(weight) * (x_NC.sum(0) - edges_ @ x_NC)
 
-    def rmatmat(x_NC: np.ndarray) -> np.ndarray:
-        return scale_N1 * walks(x_NC) - absent(x_NC)
+        def matmat(x_NC: Any) -> Any:
+            return walks(scale_ * x_NC) - absent(x_NC)
 
-    def on_vectors(product: Callable) -> Callable:
-        return lambda x: product(x.reshape(n, -1).astype(dtype, copy=False)).reshape(x.shape)
+        def rmatmat(x_NC: Any) -> Any:
+            return scale_ * walks(x_NC) - absent(x_NC)
 
-    linear = scipy.sparse.linalg.LinearOperator(
-        (n, n),
-        matvec=on_vectors(matmat),
-        rmatvec=on_vectors(rmatmat),
-        matmat=matmat,
-        rmatmat=rmatmat,
-        dtype=dtype,
-    )
-    return Problem(op, linear, False)
+        def on_vectors(product: Callable) -> Callable:
+            return lambda x: product(x.reshape(n, -1).astype(dtype, copy=False)).reshape(x.shape)
+
+        return library.LinearOperator(
+            (n, n),
+            matvec=on_vectors(matmat),
+            rmatvec=on_vectors(rmatmat),
+            matmat=matmat,
+            rmatmat=rmatmat,
+            dtype=dtype,
+        )
+
+    return Problem(op, linear(), False, linear)
 
 
 def random_graph(num_nodes: int, num_edges: int, seed: int = 0) -> scipy.sparse.csr_array:
@@ -238,6 +248,56 @@ def _lobpcg(op: Any, iterations: int) -> Any:
     return _lobpcg_program()(op, x_NK, iterations)
 
 
+_moved: dict[tuple[str, int], tuple[Problem, Any]] = {}  # each lives with its problem's id
+
+
+def _once(solver: str, problem: Problem, make: Callable[[], Any]) -> Any:
+    """The problem in the solver's own arrays, kept for its next call."""
+    if not any(kept is problem for kept, _ in _moved.values()):
+        _moved.clear()  # one problem at a time, so that memory is given back
+    if (solver, id(problem)) not in _moved:
+        _moved[solver, id(problem)] = problem, make()
+    return _moved[solver, id(problem)][1]
+
+
+def cupy_svds(problem: Problem, tol: float) -> Triplets:
+    import cupy
+    import cupyx.scipy.sparse.linalg as library
+    from cupyx.scipy.sparse import csr_matrix
+
+    def move(x: Any) -> Any:
+        return (
+            csr_matrix(scipy.sparse.csr_matrix(x)) if scipy.sparse.issparse(x) else cupy.asarray(x)
+        )
+
+    def make() -> Any:
+        return problem.elsewhere(library, move) if problem.elsewhere else move(problem.scipy)
+
+    u_MK, s_K, vh_KN = library.svds(_once("cupy", problem, make), k=RANK, tol=tol)
+    u_MK, s_K, vh_KN = (cupy.asnumpy(x) for x in (u_MK, s_K, vh_KN))
+    order = np.argsort(-s_K)
+    return u_MK[:, order], s_K[order], vh_KN[order].T
+
+
+def torch_lowrank(problem: Problem, iterations: int) -> Triplets:
+    """On matrices; on a GPU if there is one."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def make() -> Any:
+        x = problem.scipy
+        if not scipy.sparse.issparse(x):
+            return torch.tensor(x, device=device)
+        parts = (torch.tensor(part, device=device) for part in (x.indptr, x.indices, x.data))
+        return torch.sparse_csr_tensor(*parts, size=x.shape)
+
+    torch.manual_seed(0)
+    found = torch.svd_lowrank(_once("torch", problem, make), q=RANK + 30, niter=iterations)
+    u_MQ, s_Q, v_NQ = (x.cpu().numpy() for x in found)
+    return u_MQ[:, :RANK], s_Q[:RANK], v_NQ[:, :RANK]
+
+
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10, 0.0)
 SOLVERS: dict[str, tuple[Callable, Sequence[Any]]] = {
     "ours": (ours, (1e-4, 1e-5, 1e-6, 1e-8, 1e-9, 1e-10)),
@@ -247,7 +307,15 @@ SOLVERS: dict[str, tuple[Callable, Sequence[Any]]] = {
     "halko": (halko, (10, 20, 40, 80)),
     "sklearn randomized": (sklearn_randomized, (4, 8, 16, 32, 64)),
     "jax lobpcg": (jax_lobpcg, (20, 40, 80, 160)),
+    "cupy svds": (cupy_svds, TOLERANCES),
+    "torch lowrank": (torch_lowrank, (4, 8, 16, 32, 64, 128)),
 }
+_NEEDS = {"sklearn randomized": "sklearn", "cupy svds": "cupy", "torch lowrank": "torch"}
+_MATRICES_ONLY = ("sklearn randomized", "torch lowrank")
+
+
+def installed(solver: str) -> bool:
+    return importlib.util.find_spec(_NEEDS.get(solver, "scipy")) is not None
 
 
 def accuracy(problem: Problem, triplets: Triplets, values_K: np.ndarray) -> tuple[float, float]:
@@ -268,8 +336,8 @@ def measure(
     rows, calls = [], {}
     for solver in solvers:
         run, settings = SOLVERS[solver]
-        if solver == "sklearn randomized" and not problem.explicit:
-            continue  # it takes matrices only
+        if solver in _MATRICES_ONLY and not problem.explicit:
+            continue
         row, first = None, None
         for setting in settings:
             start = time.perf_counter()
@@ -414,9 +482,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(json.dumps(scale_one(args.scale_one)))
         return
-    solvers = [name for name in args.solvers if name != "ours"]
-    if importlib.util.find_spec("sklearn") is None:
-        solvers = [name for name in solvers if name != "sklearn randomized"]
+    solvers = [name for name in args.solvers if name != "ours" and installed(name)]
     machine = timing.machine("jax", "jaxlib", "numpy", "scipy")
     dtype = np.float64 if args.float64 else np.float32
     error, residual = ACCURACY[dtype.__name__]

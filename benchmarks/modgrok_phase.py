@@ -11,7 +11,7 @@ program runs it on a CPU (runs in turns on each device), with all runs in one ba
 
 Each number of devices is a process of its own that times the runs one after another as well, in
 turns with the grid; ratios are within such a process. Cores are shared by all devices: beyond as
-many devices as cores there is nothing to gain but overlap.
+many devices as cores there is nothing to gain but overlap. With --gpu the device is the first GPU.
 """
 
 import argparse
@@ -91,6 +91,8 @@ def measure(size: Size, repetitions: int) -> list[dict[str, Any]]:
         ]
 
     calls, devices = {"alone": alone}, jax.devices()
+    if devices[0].platform == "gpu":
+        devices = devices[:1]
     if len(devices) == 1:
         for form, together in (("in turns", 1), ("vmap", len(cells))):
             calls[form] = lambda together=together: phase.advance(
@@ -122,9 +124,11 @@ def measure(size: Size, repetitions: int) -> list[dict[str, Any]]:
     ]
 
 
-def in_own_process(size: Size, devices: int, repetitions: int) -> list[dict[str, Any]]:
+def in_own_process(size: Size, devices: int | None, repetitions: int) -> list[dict[str, Any]]:
+    """Rows of the table for so many simulated devices, or for the first GPU."""
     command = [sys.executable, "-m", "benchmarks.modgrok_phase", "--probe", json.dumps(size)]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    simulated = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    env = {**os.environ, **(simulated if devices else {"JAX_PLATFORMS": "cuda"})}
     child = subprocess.run(
         [*command, "--repetitions", str(repetitions)],
         cwd=Path(__file__).parents[1],
@@ -139,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--gpu", action="store_true", help="the first GPU in place of --devices")
     parser.add_argument("--repetitions", type=int, default=5, help="of each; default 5")
     parser.add_argument("--json", metavar="FILE", help="also write all numbers there")
     parser.add_argument("--quick", action="store_true", help="see that it runs")
@@ -150,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(measure(Size(*json.loads(args.probe)), args.repetitions)))
         return
     sizes = {name: SIZES[name] for name in args.sizes}
-    devices, repetitions = args.devices, args.repetitions
+    devices, repetitions = [None] if args.gpu else args.devices, args.repetitions
     if args.quick:
         sizes, devices, repetitions = {"quick": Size(16, 72, shots=2, chunk=2)}, [1, 2], 1
     machine, began = timing.machine("jax", "jaxlib", "numpy"), time.time()

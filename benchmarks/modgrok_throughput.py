@@ -1,9 +1,13 @@
 """Training steps a second of modgrok, beside the same loop in PyTorch, eager and compiled.
 
     python -m benchmarks.modgrok_throughput --json=throughput.json
+    XLA_PYTHON_CLIENT_PREALLOCATE=false python -m benchmarks.modgrok_throughput --sizes paper-d2 \
+        paper-d4 --parts speed
 
 A step is everything that training does: draw a batch, forward, backward, AdamW, metrics. We also
-report the gradient's norm, the peer does not. All of it in float32. Each repetition runs the same
+report the gradient's norm, the peer does not. In float32, the paper's sizes in bfloat16 products
+with float32 sums (the peer: autocast). Both use a GPU where they find one, and TF32 there, as JAX
+does by default. Each repetition runs the same
 number of steps (column `chunk`): ours in one program, the peer's in a Python loop. Each
 implementation has a process of its own, asleep until its turn, because in one process two
 libraries' threads and allocators slow each other. On a machine that others use set
@@ -16,7 +20,8 @@ a step. They are counted in two ways, both with causal pairs only in the attenti
 - needed: without what an exact program can leave out, which is the last block's queries, MLP and
   logits at positions without an answer, and the first block's projections of equal tokens.
 
-"share" is that rate over the rate of a large square float32 `jnp.dot`, timed in the same turns.
+"share" is that rate over the rate of a large square `jnp.dot` in the size's type, timed in the same
+turns.
 
 Start-up is measured in fresh processes, each with an empty compilation cache and then once more
 with what that left. Seconds count from the start of the process until the numbers of two steps are
@@ -61,6 +66,7 @@ class Size(NamedTuple):
     shots: int
     tasks: int
     chunk: int  # steps of a repetition
+    dtype: str = "float32"
 
     @property
     def vocab(self) -> int:
@@ -71,6 +77,11 @@ SIZES = {
     "p13-d64": Size(13, 64, layers=2, batch=128, shots=8, tasks=64, chunk=50),
     "p29-d128": Size(29, 128, layers=2, batch=64, shots=32, tasks=64, chunk=10),
     "p29-d512": Size(29, 512, layers=4, batch=32, shots=32, tasks=32, chunk=2),
+}
+# For a GPU: the paper's runs.
+LARGE_SIZES = {
+    "paper-d2": Size(29, 512, 2, batch=1024, shots=32, tasks=512, chunk=20, dtype="bfloat16"),
+    "paper-d4": Size(29, 512, 4, batch=1536, shots=32, tasks=384, chunk=20, dtype="bfloat16"),
 }
 
 SPEED_COLUMNS = {
@@ -145,6 +156,7 @@ def build(implementation: str, size: Size) -> Run:
         batch=size.batch,
         variant=implementation,
         lr=LR,
+        dtype=size.dtype,
     )
     return lambda num_steps: trainer.run(num_steps)[:, 0]
 
@@ -154,7 +166,9 @@ def _build_ours(size: Size) -> Run:
 
     import modgrok
 
-    cfg = modgrok.Config(size.vocab, width=size.width, heads=HEADS, layers=size.layers)
+    cfg = modgrok.Config(
+        size.vocab, width=size.width, heads=HEADS, layers=size.layers, dtype=size.dtype
+    )
     tx = modgrok.make_optimizer(modgrok.OptimizerConfig(lr=LR))
     init_key, key = jax.random.split(jax.random.key(0))
     state = modgrok.init_state(init_key, cfg, tx)
@@ -209,17 +223,18 @@ def _serve(connection: Connection, implementation: str, size: Size) -> None:
         connection.send(run(num_steps))
 
 
-def matmuls(n: int, *, torch_too: bool) -> dict[str, Callable[[], Any]]:
-    """The yardstick: one product of n x n float32 matrices by each library."""
+def matmuls(n: int, dtype: str, *, torch_too: bool) -> dict[str, Callable[[], Any]]:
+    """The yardstick: one product of n x n matrices by each library, by PyTorch on a CPU only."""
     import jax
 
     a_NN, b_NN = np.random.default_rng(0).standard_normal((2, n, n), dtype=np.float32)
-    dot, args = jax.jit(jax.numpy.dot), jax.device_put((a_NN, b_NN))
+    dot, args = jax.jit(jax.numpy.dot), (jax.numpy.asarray(x, dtype) for x in (a_NN, b_NN))
+    args = tuple(args)
     calls = {"jax matmul": lambda: dot(*args)}
-    if torch_too:
+    if torch_too and jax.default_backend() == "cpu":
         import torch
 
-        pair = torch.from_numpy(a_NN), torch.from_numpy(b_NN)
+        pair = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in (a_NN, b_NN)]
         calls["torch matmul"] = lambda: torch.mm(*pair)
     return calls
 
@@ -231,7 +246,7 @@ def measure_speed(
     with ExitStack() as stack:
         runs = {key: stack.enter_context(in_own_process(key, size)) for key in (OURS, *peers)}
         calls = {key: lambda run=run: run(size.chunk) for key, run in runs.items()}
-        calls |= matmuls(matmul_size, torch_too=bool(peers))
+        calls |= matmuls(matmul_size, size.dtype, torch_too=bool(peers))
         times = timing.interleave(calls, repetitions=repetitions)
     rates = {
         key: 2e-9 * matmul_size**3 / timer.median for key, timer in times.items() if key not in runs
@@ -311,7 +326,8 @@ def measure_start(name: str, implementation: str, size: Size) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=[*SIZES, *LARGE_SIZES], default=list(SIZES))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--repetitions", type=int, default=5, help="of each; default 5")
     parser.add_argument(
         "--parts", nargs="+", choices=("speed", "start"), default=("speed", "start")
@@ -328,18 +344,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.probe:
         print(json.dumps(probe(args.probe, Size(*json.loads(args.probe_size)))))
         return
-    peers: Sequence[str] = PEERS
+    peers: Sequence[str] = args.peers
     if importlib.util.find_spec("torch") is None:
         print("torch is not installed: no peers to compare with", file=sys.stderr)
         peers = ()
     repetitions, matmul_size = args.repetitions, 4096
-    sizes = {name: SIZES[name] for name in args.sizes}
+    sizes = {name: (SIZES | LARGE_SIZES)[name] for name in args.sizes}
     if args.quick:
         repetitions, matmul_size, peers = 2, 512, peers[:2]
         sizes = {name: size._replace(chunk=2) for name, size in sizes.items()}
 
     machine = timing.machine("jax", "jaxlib", "numpy", *(["torch"] if peers else []))
-    print(f"{machine}\n{repetitions} repetitions, medians, heads {HEADS}, float32")
+    print(f"{machine}\n{repetitions} repetitions, medians, heads {HEADS}")
     speed, start, rates = [], [], {}
     for name, size in sizes.items() if "speed" in args.parts else ():
         print(f"{name}: {size._asdict()}, vocab {size.vocab}", flush=True)
@@ -347,6 +363,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             name, size, peers, repetitions=repetitions, matmul_size=matmul_size
         )
         speed += rows
+        for row in rows:
+            said = {key: x for key, x in row.items() if key != "repetition_seconds"}
+            print(json.dumps(said), flush=True)
         print(", ".join(f"{key} {rate:.4g} Gflop/s" for key, rate in rates[name].items()))
     if speed:
         print(timing.table(speed, SPEED_COLUMNS), flush=True)

@@ -3,7 +3,8 @@
 Written as somebody who knows PyTorch well would write it for this task: one product for queries,
 keys and values, the library's fused causal attention and fused AdamW, rotary positions as one
 complex product, logits at the answer positions only, batches drawn by a few whole-tensor
-operations, metrics kept in a tensor until somebody asks. Module names follow the reference's
+operations, metrics kept in a tensor until somebody asks. It runs on a GPU if there is one, with
+TF32 allowed. Module names follow the reference's
 checkpoints, so `modgrok.interop` carries weights across.
 
 Axes: B batch  T tokens read (3 S - 1)  S shots  D width  H heads  K head size  F mlp
@@ -42,13 +43,13 @@ class Attention(nn.Module):
 def rotate(x: torch.Tensor, turn_TK: torch.Tensor) -> torch.Tensor:
     """Channel pairs (2i, 2i + 1) of x (..., T, K) as complex numbers, times e^(i angle)."""
     if turn_TK.is_complex():
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * turn_TK).flatten(-2)
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turn_TK).flatten(-2).type_as(x)
     # The compiler generates no code for complex numbers, and needs none: it fuses this.
     cos_TK, sin_TK = turn_TK
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.stack((even * cos_TK - odd * sin_TK, odd * cos_TK + even * sin_TK), dim=-1)
-    return pairs.flatten(-2)
+    return pairs.flatten(-2).type_as(x)
 
 
 class Block(nn.Module):
@@ -113,6 +114,7 @@ class Trainer:
         task_W2, input_M2: integer arrays as `modgrok.sample_tasks` and `split_inputs` give them.
         variant: a key of `VARIANTS`.
         lr, weight_decay, warmup_steps, schedule_steps: as in `modgrok.OptimizerConfig`.
+        dtype: of matrix products; "bfloat16" is automatic mixed precision.
     """
 
     def __init__(
@@ -133,15 +135,21 @@ class Trainer:
         warmup_steps: int = 10_000,
         schedule_steps: int = 200_000,
         seed: int = 0,
+        dtype: str = "float32",
     ):
         torch.manual_seed(seed)
+        torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as JAX has it; else nothing
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = getattr(torch, dtype)
         self.task_W2, self.input_M2 = (
-            torch.tensor(np.array(x), dtype=torch.long) for x in (task_W2, input_M2)
+            torch.tensor(np.array(x), dtype=torch.long, device=self.device)
+            for x in (task_W2, input_M2)
         )
         self.modulus, self.shots, self.batch = modulus, shots, batch
-        self.model = Decoder(vocab, width, heads, layers)
+        self.model = Decoder(vocab, width, heads, layers).to(self.device)
         mode = VARIANTS[variant]
-        self.turn = self.model.turn(3 * shots - 1, complex_numbers=mode is None)
+        turn = self.model.turn(3 * shots - 1, complex_numbers=mode is None)
+        self.turn = turn.to(self.device)
         self.score = self.answer_loss
         if mode is not None:
             # With its default the compiler stores the ReLU's mask for the backward pass, in a
@@ -179,17 +187,20 @@ class Trainer:
     def sample(self) -> torch.Tensor:
         """tokens_BT: every task sees the same B / W lists of inputs, rows task-major."""
         num_tasks = len(self.task_W2)
-        index_RS = torch.randint(len(self.input_M2), (self.batch // num_tasks, self.shots))
-        xy_RS2 = self.input_M2[index_RS]
-        z_WRS = (xy_RS2 @ self.task_W2.T).permute(2, 0, 1) % self.modulus
+        shape = (self.batch // num_tasks, self.shots)
+        xy_RS2 = self.input_M2[torch.randint(len(self.input_M2), shape, device=self.device)]
+        # Not a product of integer matrices, which GPUs lack.
+        z_WRS = (self.task_W2[:, None, None] * xy_RS2).sum(-1) % self.modulus
         xy_WRS2 = xy_RS2.expand(num_tasks, -1, -1, -1)
         return torch.cat((xy_WRS2, z_WRS[..., None]), dim=-1).view(self.batch, -1)
 
     def answer_loss(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cross-entropy in nats, and accuracy, over all answers."""
-        logits_BSV = self.model(tokens_BT, self.turn)
-        z_BS = tokens_BT[:, 2::3]
-        loss = F.cross_entropy(logits_BSV.flatten(0, 1), z_BS.flatten())
+        mixed = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=mixed):
+            logits_BSV = self.model(tokens_BT, self.turn)
+            z_BS = tokens_BT[:, 2::3]
+            loss = F.cross_entropy(logits_BSV.flatten(0, 1), z_BS.flatten())
         return loss, (logits_BSV.detach().argmax(-1) == z_BS).float().mean()
 
     def step(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,7 +214,7 @@ class Trainer:
 
     def run(self, num_steps: int) -> np.ndarray:
         """Trains on fresh batches; (loss, accuracy) of each step, shape (C, 2)."""
-        metric_C2 = torch.empty(num_steps, 2)
+        metric_C2 = torch.empty(num_steps, 2, device=self.device)
         for metric_2 in metric_C2:
             metric_2[0], metric_2[1] = self.step(self.sample())
-        return metric_C2.numpy()
+        return metric_C2.cpu().numpy()

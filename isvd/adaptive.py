@@ -11,6 +11,7 @@ from isvd.factorize import SVD, svd
 from isvd.operators import LinearOperator
 from isvd.orthonormal import orthonormalize
 from isvd.solve import approximation, frobenius_norm
+from isvd.triplets import thin_svd
 
 
 def svd_to_error(
@@ -89,7 +90,7 @@ def _enough(s_K: np.ndarray, tail: float, error: float, norm: str, complete: boo
 def _joined(op: LinearOperator, old: SVD, new: SVD) -> SVD:
     """Both sets as one, orthonormal to rounding: the SVD of A on all their right vectors."""
     v_NK, _ = orthonormalize(jnp.hstack([old.v_NK, new.v_NK]))
-    u_MK, s_K, vh_KK = jnp.linalg.svd(op.matmat(v_NK), full_matrices=False)
+    u_MK, s_K, vh_KK = thin_svd(op.matmat(v_NK))
     v_NK = jnp.matmul(v_NK, vh_KK.conj().T, precision="highest")
     miss_NK = op.rmatmat(u_MK) - v_NK * s_K
     products = old.products + new.products + 2 * len(s_K)

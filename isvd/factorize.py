@@ -22,7 +22,7 @@ from isvd.derivative import pull_back, svd_tangent
 from isvd.krylov import krylov_svd
 from isvd.operators import LinearOperator, _Static
 from isvd.subspace import subspace_svd
-from isvd.triplets import SVD, Plan, signed
+from isvd.triplets import SVD, Plan, signed, thin_svd
 
 BLOCK = 8  # columns: a cache line of float64, and where the sparse product starts to pay
 
@@ -218,7 +218,7 @@ _svd.defvjp(_svd_forward, _svd_backward)
 def _dense(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
     """min(M, N) products give the whole matrix, which a library factors."""
     del key, warm_NB
-    u_MK, s_K, vh_KN = jnp.linalg.svd(op.to_dense(), full_matrices=False)
+    u_MK, s_K, vh_KN = thin_svd(op.to_dense())
     k = plan.rank
     u_MK, v_NK = signed(u_MK[:, :k], vh_KN[:k].conj().T)
     residual_K = jnp.zeros_like(s_K[:k])

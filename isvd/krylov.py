@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from isvd.operators import LinearOperator
 from isvd.orthonormal import orthonormalize
-from isvd.triplets import SVD, Plan, matmul, positive, report_pass, signed
+from isvd.triplets import SVD, Plan, matmul, positive, report_pass, signed, thin_svd
 
 
 class _Basis(NamedTuple):
@@ -195,7 +195,7 @@ def _factor(plan: Plan, b_WX: jax.Array, filled: jax.Array) -> _Small:
     size_WW = jnp.abs(b_WW)
     above = 1.1 * jnp.sqrt(size_WW.sum(0).max() * size_WW.sum(1).max())
     b_WW += jnp.diag(jnp.where(inside_W, 0, jnp.where(above > 0, above, 1))).astype(b_WW.dtype)
-    x_WW, s_W, yh_WW = jnp.linalg.svd(b_WW)
+    x_WW, s_W, yh_WW = thin_svd(b_WW)
     start = width - filled
     x_WL = jax.lax.dynamic_slice_in_dim(x_WW, start, kept, axis=1)
     s_L = jnp.where(above == 0, 0, jax.lax.dynamic_slice_in_dim(s_W, start, kept))
@@ -278,7 +278,7 @@ def _next_block(
     def again() -> tuple[jax.Array, jax.Array]:
         twice_NB, more_BB = orthonormalize(_project(q_NB, basis_WN)[0])
         twice_BB = matmul(more_BB, r_BB)
-        turn_BB, s_B, vh_BB = jnp.linalg.svd(twice_BB)
+        turn_BB, s_B, vh_BB = thin_svd(twice_BB)
         noise_B = ~(s_B > floor)
         full_NB = jnp.where(noise_B, noise(), matmul(twice_NB, turn_BB))
         full_NB, flip_B = _orthonormalize_beside(full_NB, basis_WN)

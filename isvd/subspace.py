@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from isvd.operators import LinearOperator
 from isvd.orthonormal import orthonormalize
-from isvd.triplets import SVD, Plan, matmul, report_pass, signed
+from isvd.triplets import SVD, Plan, matmul, report_pass, signed, thin_svd
 
 
 def subspace_svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
@@ -38,7 +38,7 @@ def subspace_svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Ar
         u_MB, r_BB = orthonormalize(a.matmat(v_NB))
         right_NB = a.rmatmat(u_MB)
         # A (v y) = (u x) s to rounding, so the other side says how far the pairs are from singular.
-        x_BB, s_B, yh_BB = jnp.linalg.svd(r_BB)
+        x_BB, s_B, yh_BB = thin_svd(r_BB)
         miss_NB = matmul(right_NB, x_BB) - matmul(v_NB, yh_BB.conj().T) * s_B
         k = plan.rank
         residual_K = jnp.linalg.norm(miss_NB[:, :k], axis=0)
@@ -59,7 +59,7 @@ def subspace_svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Ar
     right_NB, u_MB, _, _, products = jax.lax.while_loop(unfinished, iteration, state)
 
     v_NB, r_BB = orthonormalize(right_NB)  # A^H u = v r
-    x_BB, s_B, yh_BB = jnp.linalg.svd(r_BB.conj().T)
+    x_BB, s_B, yh_BB = thin_svd(r_BB.conj().T)
     u_MK, v_NK = matmul(u_MB, x_BB[:, :k]), matmul(v_NB, yh_BB[:k].conj().T)
     residual_K = jnp.linalg.norm(a.matmat(v_NK) - u_MK * s_B[:k], axis=0)
     u_MK, v_NK = signed(v_NK, u_MK) if wide else signed(u_MK, v_NK)

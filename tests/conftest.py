@@ -1,4 +1,8 @@
-"""Eight simulated CPU devices for the whole suite, set before jax is imported."""
+"""Eight simulated CPU devices for the whole suite, set before jax is imported.
+
+With JAX_PLATFORMS=cuda,cpu in the environment it runs on a GPU: float32 products are then in full
+precision, and tests of several devices, or of equal bits, fail.
+"""
 
 import gc
 import os
@@ -8,6 +12,7 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # a CPU knows no other
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
