@@ -62,13 +62,16 @@ class Problem(NamedTuple):
     elsewhere: Callable | None = None  # (library, move) -> what `scipy` is, of another library
 
 
-def sparse_problem(matrix: Any, dtype: Any) -> Problem:
+def sparse_problem(matrix: Any, dtype: Any, layout: str = "csr") -> Problem:
     import isvd
 
-    return Problem(isvd.sparse(matrix, dtype), scipy.sparse.csr_array(matrix, dtype=dtype), True)
+    op = isvd.sparse(matrix, dtype, layout=layout)
+    return Problem(op, scipy.sparse.csr_array(matrix, dtype=dtype), True)
 
 
-def walk_problem(adjacency: Any, dtype: Any, *, window: int = 10, weight: float = 0.02) -> Problem:
+def walk_problem(
+    adjacency: Any, dtype: Any, layout: str = "csr", *, window: int = 10, weight: float = 0.02
+) -> Problem:
     """The iSVD paper's matrix of a graph: a weighted sum of walks less the absent edges."""
     import jax.numpy as jnp
 
@@ -82,8 +85,10 @@ def walk_problem(adjacency: Any, dtype: Any, *, window: int = 10, weight: float 
     scale_N1 = np.sqrt(degree_N)[:, None].astype(dtype)
     edges = scipy.sparse.csr_array(adjacency, dtype=dtype)
 
-    op = isvd.windowed_sum(isvd.sparse(walk), jnp.asarray(coef_Q)) @ isvd.diagonal(scale_N1[:, 0])
-    op = op - weight * (isvd.ones(n, n, dtype) - isvd.sparse(edges))
+    op = isvd.windowed_sum(isvd.sparse(walk, layout=layout), jnp.asarray(coef_Q)) @ isvd.diagonal(
+        scale_N1[:, 0]
+    )
+    op = op - weight * (isvd.ones(n, n, dtype) - isvd.sparse(edges, layout=layout))
 
     def linear(library: Any = scipy.sparse.linalg, move: Callable = lambda x: x) -> Any:
         """The products with another library's arrays, which `move` makes of ours."""
@@ -128,7 +133,9 @@ def random_graph(num_nodes: int, num_edges: int, seed: int = 0) -> scipy.sparse.
     return whole
 
 
-def designed(values_K: np.ndarray, size: int, dtype: Any, seed: int = 0) -> Problem:
+def designed(
+    values_K: np.ndarray, size: int, dtype: Any, layout: str = "csr", seed: int = 0
+) -> Problem:
     """U diag(s) V^T with sparse orthonormal U, V (random Givens rotations), as a sparse matrix."""
     rng = np.random.default_rng(seed)
 
@@ -145,15 +152,18 @@ def designed(values_K: np.ndarray, size: int, dtype: Any, seed: int = 0) -> Prob
             total = scipy.sparse.coo_array((data, (rows, columns)), (size, size)).tocsr() @ total
         return total
 
-    return sparse_problem(rotations() @ scipy.sparse.diags_array(values_K) @ rotations(), dtype)
+    matrix = rotations() @ scipy.sparse.diags_array(values_K) @ rotations()
+    return sparse_problem(matrix, dtype, layout)
 
 
-def problems(names: Sequence[str], data: str, dtype: Any) -> dict[str, Callable[[], Problem]]:
+def problems(
+    names: Sequence[str], data: str, dtype: Any, layout: str = "csr"
+) -> dict[str, Callable[[], Problem]]:
     from isvd.readers import adjacency, read_asymproj
 
     def graph(name: str) -> Problem:
         split = read_asymproj(f"{data}/{name}")
-        return walk_problem(adjacency(split.train_E2, split.num_nodes), dtype)
+        return walk_problem(adjacency(split.train_E2, split.num_nodes), dtype, layout)
 
     def dense() -> Problem:
         import isvd
@@ -167,9 +177,11 @@ def problems(names: Sequence[str], data: str, dtype: Any) -> dict[str, Callable[
     every = {
         "ppi walks": lambda: graph("ppi"),
         "hepth walks": lambda: graph("ca-HepTh"),
-        "random graph 1e5, 1e6": lambda: sparse_problem(random_graph(100_000, 1_000_000), dtype),
-        "fast decay 2e4": lambda: designed(0.9**index + 1e-7, 20_000, dtype),
-        "slow decay 2e4": lambda: designed((1 + index) ** -0.5, 20_000, dtype),
+        "random graph 1e5, 1e6": lambda: sparse_problem(
+            random_graph(100_000, 1_000_000), dtype, layout
+        ),
+        "fast decay 2e4": lambda: designed(0.9**index + 1e-7, 20_000, dtype, layout),
+        "slow decay 2e4": lambda: designed((1 + index) ** -0.5, 20_000, dtype, layout),
         "dense 4000 x 2000": dense,
     }
     return {name: every[name] for name in names or every}
@@ -470,6 +482,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=5, help="of each; default 5")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds of one try; default 20")
     parser.add_argument("--float64", action="store_true", help="in place of float32")
+    parser.add_argument("--layout", choices=("csr", "ell"), default="csr", help="of our products")
     parser.add_argument("--data", default="../shared/data/asymproj", help="folder of the graphs")
     parser.add_argument("--parts", nargs="+", choices=("solvers", "scaling"), default=("solvers",))
     parser.add_argument("--edges", nargs="+", type=int, default=[10**i for i in range(4, 8)])
@@ -486,13 +499,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = timing.machine("jax", "jaxlib", "numpy", "scipy")
     dtype = np.float64 if args.float64 else np.float32
     error, residual = ACCURACY[dtype.__name__]
-    print(f"{machine}\nrank {RANK}, {dtype.__name__}, value error < {error}, residual < {residual}")
+    print(f"{machine}\nrank {RANK}, {dtype.__name__}, {args.layout}")
+    print(f"value error < {error}, residual < {residual}")
     rows, scale = [], []
     if "solvers" in args.parts:
         import jax
 
         with jax.enable_x64(args.float64):
-            for name, make in problems(args.matrices, args.data, dtype).items():
+            for name, make in problems(args.matrices, args.data, dtype, args.layout).items():
                 rows += measure(name, make, ["ours", *solvers], args.repetitions, args.limit)
         print(timing.table(rows, COLUMNS), flush=True)
     if "scaling" in args.parts:

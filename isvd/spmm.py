@@ -2,13 +2,13 @@
 
 A matrix is kept as compressed rows, and its adjoint as compressed rows too, so that products from
 both sides read memory in order. The product is that of `jax.experimental.sparse.BCSR`, which on CPU
-is a threaded kernel of jaxlib: of the ways that were measured (docs/benchmarks.md) the quickest
-from eight columns on.
+is a kernel of jaxlib: of the ways that depend on the matrix's sizes alone the quickest from eight
+columns on (docs/benchmarks.md). `layout="ell"` is quicker still, and a program for each pattern.
 
 Axes: M rows, N columns, C columns of a block, E stored entries.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,16 @@ import numpy as np
 from jax.experimental import sparse as jax_sparse
 from jax.tree_util import Partial
 
+from isvd import ell
 from isvd.operators import LinearOperator, _checked_shape, _Static, dtype_of
 
 # On CPU the kernel takes as long for fewer columns as for this many, or longer.
 _LEAST_COLUMNS = 8
 
 
-def sparse(matrix: Any, dtype: Any = None) -> LinearOperator:
+def sparse(
+    matrix: Any, dtype: Any = None, *, layout: Literal["csr", "ell"] = "csr"
+) -> LinearOperator:
     """The operator of a sparse matrix in memory.
 
     Args:
@@ -44,7 +47,7 @@ def sparse(matrix: Any, dtype: Any = None) -> LinearOperator:
         inside_E = (rows_E < matrix.shape[0]) & (columns_E < matrix.shape[1])  # others are padding
         values_E = jnp.where(inside_E, matrix.data, 0)
         rows_E, columns_E = np.where(inside_E, rows_E, 0), np.where(inside_E, columns_E, 0)
-        return sparse_from_entries(rows_E, columns_E, values_E, matrix.shape, dtype)
+        return sparse_from_entries(rows_E, columns_E, values_E, matrix.shape, dtype, layout=layout)
     if not hasattr(matrix, "tocoo"):
         raise ValueError(
             f"expected a scipy sparse matrix, a BCOO or a BCSR, not {type(matrix).__name__}; "
@@ -57,20 +60,27 @@ def sparse(matrix: Any, dtype: Any = None) -> LinearOperator:
     _check_size(csr.nnz)
     adjoint = csr.conj().T.tocsr()  # no sort: scipy counts
     dtype = _entry_dtype(csr.dtype, dtype)
-    return _operator(
-        [(jnp.asarray(a.data, dtype), a.indices, a.indptr) for a in (csr, adjoint)], csr.shape
-    )
+    sides = [(jnp.asarray(a.data, dtype), a.indices, a.indptr) for a in (csr, adjoint)]
+    return _operator(sides, csr.shape, layout)
 
 
 def sparse_from_entries(
-    rows_E: Any, columns_E: Any, values_E: Any, shape: tuple[int, int], dtype: Any = None
+    rows_E: Any,
+    columns_E: Any,
+    values_E: Any,
+    shape: tuple[int, int],
+    dtype: Any = None,
+    *,
+    layout: Literal["csr", "ell"] = "csr",
 ) -> LinearOperator:
     """The operator of the entries A[rows[e], columns[e]] += values[e].
 
-    `values_E` may be traced: gradients reach it through products, and through `svd`.
+    `values_E` may be traced: gradients reach it through products, and through `svd`. `layout` is
+    that of `sparse`.
 
     Raises:
-        ValueError: if the lengths differ or an index lies outside the shape.
+        ValueError: if the lengths differ, an index lies outside the shape, or the layout is
+            unknown.
     """
     shape = _checked_shape(shape)
     rows_E, columns_E = np.asarray(rows_E), np.asarray(columns_E)
@@ -102,16 +112,21 @@ def sparse_from_entries(
             [[0], np.cumsum(np.bincount(outer_E.astype(np.int64), minlength=size))]
         )
         sides.append((values[order_E], inner_E[order_E], start))
-    return _operator(sides, shape)
+    return _operator(sides, shape, layout)
 
 
-def _operator(sides: list, shape: tuple[int, int]) -> LinearOperator:
-    products = [
-        Partial(
-            _compressed_rows, values, *(jnp.asarray(i, jnp.int32) for i in index), _Static(size)
-        )
-        for (values, *index), size in zip(sides, reversed(shape), strict=True)
-    ]
+def _operator(sides: list, shape: tuple[int, int], layout: str) -> LinearOperator:
+    if layout not in ("csr", "ell"):
+        raise ValueError(f"layout={layout!r} is not one of 'csr', 'ell'")
+    if layout == "ell" and sides[0][0].size:
+        products = [ell.product(*side) for side in sides]
+    else:
+        products = [
+            Partial(
+                _compressed_rows, values, *(jnp.asarray(i, jnp.int32) for i in index), _Static(size)
+            )
+            for (values, *index), size in zip(sides, reversed(shape), strict=True)
+        ]
     return LinearOperator(*products, tuple(map(int, shape)), sides[0][0].dtype)
 
 

@@ -83,6 +83,16 @@ def sparse(draw):
 
 
 @case
+def sparse_ell(draw):
+    """Rows of 1, 4, 16, 17 and 300 entries, and empty ones; as many rows as take three levels."""
+    count_M = [1, 0, 4, 16, 17, 300]
+    a_MN = np.zeros((6, 300), draw(6, 1).dtype)
+    for row, count in enumerate(count_M):
+        a_MN[row, 300 - count :] = draw(60 + row, count)
+    return spmm.sparse(scipy.sparse.csr_array(a_MN), layout="ell"), a_MN
+
+
+@case
 def sparse_from_entries(draw):
     a_MN, (values_E, index_E) = np.zeros((4, 6), draw(0, 1).dtype), (draw(0, 5), [3, 0, 3, 1, 3])
     np.add.at(a_MN, (index_E, [2, 0, 2, 5, 1]), values_E)

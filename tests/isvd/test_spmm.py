@@ -42,6 +42,23 @@ def test_any_number_of_columns(columns):
     )
 
 
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.02, 0.4])
+def test_layouts_agree(density):
+    """Degrees from none to 900: rows in one piece, in several, in several of several."""
+    rng = np.random.default_rng(0)
+    matrix = scipy.sparse.random_array((120, 2200), density=density, rng=rng, dtype="float32")
+    x_NC, y_MC = (rng.normal(size=(n, 3)).astype("float32") for n in (2200, 120))
+    op, other = (spmm.sparse(matrix, layout=layout) for layout in ("ell", "csr"))
+    assert op.dtype == other.dtype
+    np.testing.assert_allclose(op @ x_NC, other @ x_NC, atol=1e-4)
+    np.testing.assert_allclose(op.H @ y_MC, other.H @ y_MC, atol=1e-4)
+
+
+def test_unknown_layout():
+    with pytest.raises(ValueError, match="layout='coo' is not one of 'csr', 'ell'"):
+        spmm.sparse(scipy.sparse.csr_array(random_matrix()), layout="coo")
+
+
 def test_other_platforms_are_given_no_padding():
     """What is lowered for TPU multiplies one column, for CPU eight."""
     op = spmm.sparse(scipy.sparse.csr_array(random_matrix()))
@@ -60,12 +77,14 @@ def test_entries_are_added_zeros_kept_and_integers_made_floats():
     np.testing.assert_array_equal(empty @ np.ones((2, 4), "f"), np.zeros((3, 4)))
 
 
-def test_values_may_be_traced():
+@pytest.mark.parametrize("layout", ["csr", "ell"])
+def test_values_may_be_traced(layout):
     rows, columns = np.array([2, 0, 1]), np.array([1, 1, 0])
 
     @jax.jit
     def total(values):
-        return (spmm.sparse_from_entries(rows, columns, values, (3, 2)) @ jnp.ones(2)).sum()
+        op = spmm.sparse_from_entries(rows, columns, values, (3, 2), layout=layout)
+        return (op @ jnp.ones(2)).sum()
 
     np.testing.assert_allclose(jax.grad(total)(jnp.arange(3.0)), np.ones(3))
 

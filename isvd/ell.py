@@ -1,0 +1,79 @@
+"""Products with sparse matrices as gathers of rows of equal length (sliced ELLPACK).
+
+The entries of a row are cut into pieces of at most 16, pieces are filled up to 1, 4 or 16 entries,
+and all pieces of a length are multiplied at once: rows of x are gathered, scaled and added. A row
+of several pieces is then the sum of them: a matrix of ones, in the same form.
+
+Axes: M rows, N columns, C columns of a block, E stored entries, P pieces, L pieces of one length.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+_LENGTHS = np.array([1, 4, 16])  # few: each is an operation more, and filling up costs little
+
+Level = tuple[tuple[jax.Array, jax.Array], ...]  # values and columns, each (L, length)
+
+
+def product(values_E: Any, columns_E: np.ndarray, start: np.ndarray) -> Partial:
+    """x_NC -> A x_NC for compressed rows: row m has the entries start[m], ..., start[m + 1] - 1.
+
+    `values_E` may be traced, the pattern may not.
+    """
+    levels = []
+    while True:
+        level, place_P, start = _level(values_E, columns_E, start)
+        levels.append(level)
+        if len(place_P) == len(start) - 1:  # a piece for each row
+            return Partial(_apply, tuple(levels), jnp.asarray(place_P, jnp.int32))
+        values_E, columns_E = jnp.ones(len(place_P), values_E.dtype), place_P
+
+
+def _level(
+    values_E: Any, columns_E: np.ndarray, start: np.ndarray
+) -> tuple[Level, np.ndarray, np.ndarray]:
+    """Pieces by length, the place of each piece among them, and where each row's pieces start."""
+    longest = _LENGTHS[-1]
+    degree_M = np.diff(start)
+    pieces_M = np.maximum(-(-degree_M // longest), 1)  # an empty row is an empty piece
+    next_start = np.concatenate([[0], np.cumsum(pieces_M)])
+    row_P = np.repeat(np.arange(len(degree_M)), pieces_M)
+    before_P = longest * (np.arange(len(row_P)) - next_start[row_P])  # entries in earlier pieces
+    first_P = start[row_P] + before_P
+    count_P = np.minimum(degree_M[row_P] - before_P, longest)
+    length_P = _LENGTHS[np.searchsorted(_LENGTHS, count_P)]
+    order_P = np.argsort(length_P, kind="stable")
+    level = []
+    for length in np.unique(length_P):
+        piece_L = order_P[length_P[order_P] == length]
+        inside_LK = np.arange(length) < count_P[piece_L, None]
+        entry_LK = np.where(inside_LK, first_P[piece_L, None] + np.arange(length), 0)
+        values_LK = jnp.where(inside_LK, jnp.asarray(values_E)[entry_LK], 0)
+        columns_LK = np.where(inside_LK, columns_E[entry_LK], 0)
+        level.append((values_LK, jnp.asarray(columns_LK, jnp.int32)))
+    place_P = np.empty(len(order_P), np.int64)
+    place_P[order_P] = np.arange(len(order_P))
+    return tuple(level), place_P, next_start
+
+
+def _apply(levels: tuple[Level, ...], place_M: jax.Array, x_NC: jax.Array) -> jax.Array:
+    x_NC = x_NC.astype(jnp.result_type(levels[0][0][0], x_NC))
+    for level in levels:
+        x_NC = jnp.concatenate([_gather_sum(*part, x_NC) for part in level])
+    return _rows(x_NC, place_M)
+
+
+def _gather_sum(values_LK: jax.Array, columns_LK: jax.Array, x_NC: jax.Array) -> jax.Array:
+    """One fused loop without an intermediate: XLA would write out x_NC[columns_LK]."""
+    return sum(
+        values_LK[:, k, None].astype(x_NC.dtype) * _rows(x_NC, columns_LK[:, k])
+        for k in range(values_LK.shape[1])
+    )
+
+
+def _rows(x_NC: jax.Array, row_L: jax.Array) -> jax.Array:
+    return x_NC.at[row_L].get(mode="promise_in_bounds")
