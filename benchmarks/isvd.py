@@ -13,7 +13,10 @@ from a run of ours in float64 at a tolerance of 1e-10 (for the dense matrix from
 
 On a GPU the peers are its libraries' solvers (`--solvers ours "cupy svds" "torch lowrank"`): CuPy's
 Lanczos `svds` and PyTorch's randomised `svd_lowrank`. Their matrices lie there before the clock
-starts.
+starts. `ours ell` is ours with that layout of sparse matrices.
+
+`--parts products` times one sparse product in either layout beside scipy's, `--parts scaling` finds
+time and memory by the number of edges.
 
 Times are from arrays in memory to numpy arrays of the result, medians of interleaved repetitions;
 the first call of ours includes compilation and has a column of its own. `halko` is the algorithm
@@ -60,18 +63,17 @@ class Problem(NamedTuple):
     scipy: Any  # array, sparse matrix or LinearOperator
     explicit: bool  # whether `scipy` is a matrix
     elsewhere: Callable | None = None  # (library, move) -> what `scipy` is, of another library
+    ell: Any = None  # ours with that layout of sparse matrices
 
 
-def sparse_problem(matrix: Any, dtype: Any, layout: str = "csr") -> Problem:
+def sparse_problem(matrix: Any, dtype: Any) -> Problem:
     import isvd
 
-    op = isvd.sparse(matrix, dtype, layout=layout)
-    return Problem(op, scipy.sparse.csr_array(matrix, dtype=dtype), True)
+    csr, ell = (isvd.sparse(matrix, dtype, layout=layout) for layout in ("csr", "ell"))
+    return Problem(csr, scipy.sparse.csr_array(matrix, dtype=dtype), True, ell=ell)
 
 
-def walk_problem(
-    adjacency: Any, dtype: Any, layout: str = "csr", *, window: int = 10, weight: float = 0.02
-) -> Problem:
+def walk_problem(adjacency: Any, dtype: Any, *, window: int = 10, weight: float = 0.02) -> Problem:
     """The iSVD paper's matrix of a graph: a weighted sum of walks less the absent edges."""
     import jax.numpy as jnp
 
@@ -85,10 +87,10 @@ def walk_problem(
     scale_N1 = np.sqrt(degree_N)[:, None].astype(dtype)
     edges = scipy.sparse.csr_array(adjacency, dtype=dtype)
 
-    op = isvd.windowed_sum(isvd.sparse(walk, layout=layout), jnp.asarray(coef_Q)) @ isvd.diagonal(
-        scale_N1[:, 0]
-    )
-    op = op - weight * (isvd.ones(n, n, dtype) - isvd.sparse(edges, layout=layout))
+    def ours(layout: str) -> Any:
+        op = isvd.windowed_sum(isvd.sparse(walk, layout=layout), jnp.asarray(coef_Q))
+        absent = isvd.ones(n, n, dtype) - isvd.sparse(edges, layout=layout)
+        return op @ isvd.diagonal(scale_N1[:, 0]) - weight * absent
 
     def linear(library: Any = scipy.sparse.linalg, move: Callable = lambda x: x) -> Any:
         """The products with another library's arrays, which `move` makes of ours."""
@@ -121,7 +123,7 @@ def walk_problem(
             dtype=dtype,
         )
 
-    return Problem(op, linear(), False, linear)
+    return Problem(ours("csr"), linear(), False, linear, ours("ell"))
 
 
 def random_graph(num_nodes: int, num_edges: int, seed: int = 0) -> scipy.sparse.csr_array:
@@ -133,9 +135,7 @@ def random_graph(num_nodes: int, num_edges: int, seed: int = 0) -> scipy.sparse.
     return whole
 
 
-def designed(
-    values_K: np.ndarray, size: int, dtype: Any, layout: str = "csr", seed: int = 0
-) -> Problem:
+def designed(values_K: np.ndarray, size: int, dtype: Any, seed: int = 0) -> Problem:
     """U diag(s) V^T with sparse orthonormal U, V (random Givens rotations), as a sparse matrix."""
     rng = np.random.default_rng(seed)
 
@@ -152,18 +152,15 @@ def designed(
             total = scipy.sparse.coo_array((data, (rows, columns)), (size, size)).tocsr() @ total
         return total
 
-    matrix = rotations() @ scipy.sparse.diags_array(values_K) @ rotations()
-    return sparse_problem(matrix, dtype, layout)
+    return sparse_problem(rotations() @ scipy.sparse.diags_array(values_K) @ rotations(), dtype)
 
 
-def problems(
-    names: Sequence[str], data: str, dtype: Any, layout: str = "csr"
-) -> dict[str, Callable[[], Problem]]:
+def problems(names: Sequence[str], data: str, dtype: Any) -> dict[str, Callable[[], Problem]]:
     from isvd.readers import adjacency, read_asymproj
 
     def graph(name: str) -> Problem:
         split = read_asymproj(f"{data}/{name}")
-        return walk_problem(adjacency(split.train_E2, split.num_nodes), dtype, layout)
+        return walk_problem(adjacency(split.train_E2, split.num_nodes), dtype)
 
     def dense() -> Problem:
         import isvd
@@ -177,11 +174,9 @@ def problems(
     every = {
         "ppi walks": lambda: graph("ppi"),
         "hepth walks": lambda: graph("ca-HepTh"),
-        "random graph 1e5, 1e6": lambda: sparse_problem(
-            random_graph(100_000, 1_000_000), dtype, layout
-        ),
-        "fast decay 2e4": lambda: designed(0.9**index + 1e-7, 20_000, dtype, layout),
-        "slow decay 2e4": lambda: designed((1 + index) ** -0.5, 20_000, dtype, layout),
+        "random graph 1e5, 1e6": lambda: sparse_problem(random_graph(100_000, 1_000_000), dtype),
+        "fast decay 2e4": lambda: designed(0.9**index + 1e-7, 20_000, dtype),
+        "slow decay 2e4": lambda: designed((1 + index) ** -0.5, 20_000, dtype),
         "dense 4000 x 2000": dense,
     }
     return {name: every[name] for name in names or every}
@@ -197,6 +192,10 @@ def ours(problem: Problem, tol: float) -> Triplets:
 
     factors = isvd.svd(problem.operator, jax.random.key(0), rank=RANK, tol=tol)
     return tuple(np.asarray(part) for part in factors[:3])
+
+
+def ours_ell(problem: Problem, tol: float) -> Triplets:
+    return ours(problem._replace(operator=problem.ell), tol)
 
 
 def svds(problem: Problem, tol: float, *, solver: str) -> Triplets:
@@ -313,6 +312,7 @@ def torch_lowrank(problem: Problem, iterations: int) -> Triplets:
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10, 0.0)
 SOLVERS: dict[str, tuple[Callable, Sequence[Any]]] = {
     "ours": (ours, (1e-4, 1e-5, 1e-6, 1e-8, 1e-9, 1e-10)),
+    "ours ell": (ours_ell, (1e-4, 1e-5, 1e-6, 1e-8, 1e-9, 1e-10)),
     "arpack": (functools.partial(svds, solver="arpack"), TOLERANCES),
     "propack": (functools.partial(svds, solver="propack"), TOLERANCES),
     "lobpcg": (functools.partial(svds, solver="lobpcg"), TOLERANCES),
@@ -349,6 +349,8 @@ def measure(
     for solver in solvers:
         run, settings = SOLVERS[solver]
         if solver in _MATRICES_ONLY and not problem.explicit:
+            continue
+        if solver == "ours ell" and problem.ell is None:
             continue
         row, first = None, None
         for setting in settings:
@@ -403,6 +405,69 @@ def reference_values(problem: Problem) -> np.ndarray:
         if not factors.converged:
             raise RuntimeError("the reference did not converge")
         return np.asarray(factors.s_K)
+
+
+def graphs(data: str) -> dict[str, Any]:
+    from isvd.readers import adjacency, read_asymproj
+
+    splits = {name: read_asymproj(f"{data}/{name}") for name in ("ppi", "ca-HepTh")}
+    found = {name: adjacency(split.train_E2, split.num_nodes) for name, split in splits.items()}
+    return {**found, "random 1e5, 1e6": random_graph(100_000, 1_000_000)}
+
+
+def products(matrices: dict[str, Any], dtype: Any, repetitions: int) -> list[dict[str, Any]]:
+    """One sparse product, as a share of a program (for scipy: a loop) of twenty."""
+    import jax
+
+    import isvd
+
+    times = 20
+
+    @jax.jit
+    def program(op: Any, x_NC: Any) -> Any:
+        return jax.lax.fori_loop(0, times, lambda _, x_NC: 0.1 * op.matmat(x_NC), x_NC)
+
+    def loop(matrix: Any, x_NC: np.ndarray) -> np.ndarray:
+        for _ in range(times):
+            x_NC = dtype(0.1) * (matrix @ x_NC)
+        return x_NC
+
+    rows = []
+    for name, matrix in matrices.items():
+        graph = scipy.sparse.csr_array(matrix, dtype=dtype)
+        kinds = {layout: isvd.sparse(graph, layout=layout) for layout in ("csr", "ell")}
+        for columns in (1, 8, 32):
+            x_NC = np.random.default_rng(0).normal(size=(graph.shape[1], columns)).astype(dtype)
+            calls = {
+                layout: functools.partial(program, op, jax.numpy.asarray(x_NC))
+                for layout, op in kinds.items()
+            }
+            calls["scipy"] = functools.partial(loop, graph, x_NC)
+            found = timing.interleave(calls, repetitions=repetitions)
+            rows += [
+                {
+                    "matrix": name,
+                    "columns": columns,
+                    "how": how,
+                    "microseconds": 1e6 * timer.median / times,
+                    "nanoseconds_per_entry": 1e9 * timer.median / times / graph.nnz,
+                    "csr_over_this": found["csr"].median / timer.median,
+                    "first_seconds": timer.first,
+                }
+                for how, timer in found.items()
+            ]
+    return rows
+
+
+PRODUCT_COLUMNS = {
+    "matrix": "matrix",
+    "columns": "columns",
+    "how": "how",
+    "microseconds": "microseconds",
+    "nanoseconds_per_entry": "ns / entry",
+    "csr_over_this": "csr / this",
+    "first_seconds": "first call s",
+}
 
 
 def scaling(edges: Sequence[int]) -> list[dict[str, Any]]:
@@ -475,6 +540,9 @@ def scaling_figure(rows: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
+PARTS = ("solvers", "products", "scaling")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--matrices", nargs="+", default=[], help="by default every one")
@@ -482,9 +550,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=5, help="of each; default 5")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds of one try; default 20")
     parser.add_argument("--float64", action="store_true", help="in place of float32")
-    parser.add_argument("--layout", choices=("csr", "ell"), default="csr", help="of our products")
     parser.add_argument("--data", default="../shared/data/asymproj", help="folder of the graphs")
-    parser.add_argument("--parts", nargs="+", choices=("solvers", "scaling"), default=("solvers",))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:1])
     parser.add_argument("--edges", nargs="+", type=int, default=[10**i for i in range(4, 8)])
     parser.add_argument("--json", metavar="FILE", help="also write all numbers there")
     parser.add_argument("--plot", metavar="FILE", help="draw the scaling there")
@@ -499,23 +566,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = timing.machine("jax", "jaxlib", "numpy", "scipy")
     dtype = np.float64 if args.float64 else np.float32
     error, residual = ACCURACY[dtype.__name__]
-    print(f"{machine}\nrank {RANK}, {dtype.__name__}, {args.layout}")
-    print(f"value error < {error}, residual < {residual}")
-    rows, scale = [], []
+    print(f"{machine}\nrank {RANK}, {dtype.__name__}, value error < {error}, residual < {residual}")
+    rows, product_rows, scale = [], [], []
     if "solvers" in args.parts:
         import jax
 
         with jax.enable_x64(args.float64):
-            for name, make in problems(args.matrices, args.data, dtype, args.layout).items():
+            for name, make in problems(args.matrices, args.data, dtype).items():
                 rows += measure(name, make, ["ours", *solvers], args.repetitions, args.limit)
         print(timing.table(rows, COLUMNS), flush=True)
+    if "products" in args.parts:
+        import jax
+
+        with jax.enable_x64(args.float64):
+            product_rows = products(graphs(args.data), dtype, args.repetitions)
+        print(timing.table(product_rows, PRODUCT_COLUMNS), flush=True)
     if "scaling" in args.parts:
         scale = scaling(args.edges)
         print(timing.table(scale, SCALE_COLUMNS))
         if args.plot:
             scaling_figure(scale).savefig(args.plot)
     if args.json:
-        timing.write_json(args.json, {"machine": machine, "solvers": rows, "scaling": scale})
+        record = {"solvers": rows, "products": product_rows, "scaling": scale}
+        timing.write_json(args.json, {"machine": machine, **record})
 
 
 if __name__ == "__main__":

@@ -348,11 +348,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec("torch") is None:
         print("torch is not installed: no peers to compare with", file=sys.stderr)
         peers = ()
-    repetitions, matmul_size = args.repetitions, 4096
+    repetitions = args.repetitions
     sizes = {name: (SIZES | LARGE_SIZES)[name] for name in args.sizes}
     if args.quick:
-        repetitions, matmul_size, peers = 2, 512, peers[:2]
+        repetitions, peers = 2, peers[:2]
         sizes = {name: size._replace(chunk=2) for name, size in sizes.items()}
+    # A GPU is done with the smaller one before the next call reaches it.
+    matmul_sizes = {
+        name: 512 if args.quick else 16384 if name in LARGE_SIZES else 4096 for name in sizes
+    }
 
     machine = timing.machine("jax", "jaxlib", "numpy", *(["torch"] if peers else []))
     print(f"{machine}\n{repetitions} repetitions, medians, heads {HEADS}")
@@ -360,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, size in sizes.items() if "speed" in args.parts else ():
         print(f"{name}: {size._asdict()}, vocab {size.vocab}", flush=True)
         rows, rates[name] = measure_speed(
-            name, size, peers, repetitions=repetitions, matmul_size=matmul_size
+            name, size, peers, repetitions=repetitions, matmul_size=matmul_sizes[name]
         )
         speed += rows
         for row in rows:
@@ -378,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "machine": machine,
             "repetitions": repetitions,
             "sizes": {name: size._asdict() for name, size in sizes.items()},
-            "matmul_size": matmul_size,
+            "matmul_size": matmul_sizes,
             "matmul_gflop_per_second": rates,
             "speed": speed,
             "start": start,

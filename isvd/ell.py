@@ -61,7 +61,7 @@ def _level(
 
 
 def _apply(levels: tuple[Level, ...], place_M: jax.Array, x_NC: jax.Array) -> jax.Array:
-    x_NC = x_NC.astype(jnp.result_type(levels[0][0][0], x_NC))
+    x_NC = jnp.asarray(x_NC, jnp.result_type(levels[0][0][0], x_NC))
     for level in levels:
         x_NC = jnp.concatenate([_gather_sum(*part, x_NC) for part in level])
     return _rows(x_NC, place_M)

@@ -90,6 +90,15 @@ def test_more_is_asked_of_float64(graph, monkeypatch):
     assert row["residual"] < 1e-8
 
 
+def test_products(graph):
+    rows = benchmark.products({"small": graph}, np.float32, repetitions=1)
+    assert [row["how"] for row in rows] == ["csr", "ell", "scipy"] * 3
+    assert {row["columns"] for row in rows} == {1, 8, 32}
+    for row in rows:
+        # entries x ns = microseconds x 1000
+        assert row["nanoseconds_per_entry"] * graph.nnz == pytest.approx(1e3 * row["microseconds"])
+
+
 def test_scaling_row():
     row = benchmark.scale_one(3000)
     assert row["nodes"] == 1000
