@@ -5,13 +5,13 @@
         paper-d4 --parts speed
 
 A step is everything that training does: draw a batch, forward, backward, AdamW, metrics. We also
-report the gradient's norm, the peer does not. In float32, the paper's sizes in bfloat16 products
-with float32 sums (the peer: autocast). Both use a GPU where they find one, and TF32 there, as JAX
-does by default. Each repetition runs the same
-number of steps (column `chunk`): ours in one program, the peer's in a Python loop. Each
-implementation has a process of its own, asleep until its turn, because in one process two
-libraries' threads and allocators slow each other. On a machine that others use set
-OMP_WAIT_POLICY=passive, or PyTorch's threads wait for each other by spinning.
+report the gradient's norm, the peer does not. All of it is in float32, the paper's sizes in
+bfloat16 products with float32 sums (the peer: autocast). Both use a GPU where they find one, with
+TF32 for float32 products, as JAX does by default. Each repetition runs the same number of steps
+(column `chunk`): ours in one program, the peer's in a Python loop. Each implementation has a
+process of its own, asleep until its turn, because in one process two libraries' threads and
+allocators slow each other. On a machine that others use set OMP_WAIT_POLICY=passive, or PyTorch's
+threads wait for each other by spinning.
 
 Flops are 2 for each multiply-add of the model's matrix products, three times the forward pass for
 a step. They are counted in two ways, both with causal pairs only in the attention:
@@ -228,14 +228,13 @@ def matmuls(n: int, dtype: str, *, torch_too: bool) -> dict[str, Callable[[], An
     import jax
 
     a_NN, b_NN = np.random.default_rng(0).standard_normal((2, n, n), dtype=np.float32)
-    dot, args = jax.jit(jax.numpy.dot), (jax.numpy.asarray(x, dtype) for x in (a_NN, b_NN))
-    args = tuple(args)
-    calls = {"jax matmul": lambda: dot(*args)}
+    dot, ours = jax.jit(jax.numpy.dot), [jax.numpy.asarray(x, dtype) for x in (a_NN, b_NN)]
+    calls = {"jax matmul": lambda: dot(*ours)}
     if torch_too and jax.default_backend() == "cpu":
         import torch
 
-        pair = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in (a_NN, b_NN)]
-        calls["torch matmul"] = lambda: torch.mm(*pair)
+        theirs = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in (a_NN, b_NN)]
+        calls["torch matmul"] = lambda: torch.mm(*theirs)
     return calls
 
 

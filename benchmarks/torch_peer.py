@@ -4,8 +4,8 @@ Written as somebody who knows PyTorch well would write it for this task: one pro
 keys and values, the library's fused causal attention and fused AdamW, rotary positions as one
 complex product, logits at the answer positions only, batches drawn by a few whole-tensor
 operations, metrics kept in a tensor until somebody asks. It runs on a GPU if there is one, with
-TF32 allowed. Module names follow the reference's
-checkpoints, so `modgrok.interop` carries weights across.
+TF32 allowed. Module names follow the reference's checkpoints, so `modgrok.interop` carries weights
+across.
 
 Axes: B batch  T tokens read (3 S - 1)  S shots  D width  H heads  K head size  F mlp
 V vocab  W tasks  M inputs  C steps

@@ -50,11 +50,12 @@ def _level(
     level = []
     for length in np.unique(length_P):
         piece_L = order_P[length_P[order_P] == length]
-        inside_LK = np.arange(length) < count_P[piece_L, None]
-        entry_LK = np.where(inside_LK, first_P[piece_L, None] + np.arange(length), 0)
-        values_LK = jnp.where(inside_LK, jnp.asarray(values_E)[entry_LK], 0)
-        columns_LK = np.where(inside_LK, columns_E[entry_LK], 0)
-        level.append((values_LK, jnp.asarray(columns_LK, jnp.int32)))
+        count_L1 = count_P[piece_L, None]
+        # Filled up with the piece's last column, so that no NaN of another row comes in.
+        offset_LK = np.minimum(np.arange(length), np.maximum(count_L1 - 1, 0))
+        entry_LK = np.minimum(first_P[piece_L, None] + offset_LK, len(columns_E) - 1)
+        values_LK = jnp.where(np.arange(length) < count_L1, jnp.asarray(values_E)[entry_LK], 0)
+        level.append((values_LK, jnp.asarray(columns_E[entry_LK], jnp.int32)))
     place_P = np.empty(len(order_P), np.int64)
     place_P[order_P] = np.arange(len(order_P))
     return tuple(level), place_P, next_start

@@ -89,12 +89,13 @@ def test_values_may_be_traced(layout):
     np.testing.assert_allclose(jax.grad(total)(jnp.arange(3.0)), np.ones(3))
 
 
-def test_verify_finds_what_is_not_finite():
-    matrix = scipy.sparse.csr_array(random_matrix())
+@pytest.mark.parametrize("layout", ["csr", "ell"])
+def test_verify_finds_what_is_not_finite(layout):
+    matrix = scipy.sparse.csr_array(random_matrix((40, 300)))
     matrix.data[0] = np.inf
     row = np.flatnonzero(matrix.indptr)[0] - 1
     with pytest.raises(ValueError, match=f"in rows {row} and columns {matrix.indices[0]}"):
-        operators.verify(spmm.sparse(matrix), jax.random.key(0))
+        operators.verify(spmm.sparse(matrix, layout=layout), jax.random.key(0))
 
 
 WRONG = {
