@@ -33,9 +33,9 @@ def sparse(
             stored twice are added, and stored zeros are kept.
         dtype: of the entries; by default theirs, where integers and booleans become float32.
         layout: "csr", compressed rows, or "ell", rows cut to few lengths (`isvd.ell`). In float32
-            the latter's products are 1.2 to 1.6 times as quick on a CPU with blocks of columns, 2
-            to 3.5 times with one; on an H100 1.7 to 1.9 times in a trial (docs/benchmarks.md). But
-            a compiled program serves one pattern of entries, and takes longer to compile.
+            the latter's products are .9 to 1.6 times as quick on a CPU with blocks of columns, 2 to
+            3.5 times with one; on an H100 1.7 to 1.9 times in a trial (docs/benchmarks.md). But a
+            compiled program serves one pattern of entries, and takes longer to compile.
     Raises:
         ValueError: if it is no such matrix, has other than two axes, or too many entries, or the
             layout is unknown.
