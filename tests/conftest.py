@@ -1,5 +1,8 @@
 """Eight simulated CPU devices for the whole suite, set before jax is imported.
 
+Most of the suite's time is compilation. XLA's older code for fusions compiles in half the time, but
+runs slower: tests of programs that run for minutes leave it out.
+
 With JAX_PLATFORMS=cuda,cpu in the environment it runs on a GPU: float32 products are then in full
 precision, and tests of several devices, or of equal bits, fail.
 """
@@ -11,6 +14,9 @@ import sys
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # a CPU knows no other
 os.environ.setdefault("MPLBACKEND", "Agg")

@@ -25,8 +25,8 @@ def _commands() -> list[str]:
 
 def _environment(tmp_path: Path) -> dict[str, str]:
     own = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache"), "MPLBACKEND": "Agg"}
-    inherited = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
-    return inherited | own
+    of_tests = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    return {k: v for k, v in os.environ.items() if k not in of_tests} | own
 
 
 @pytest.mark.slow
