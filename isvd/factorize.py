@@ -185,14 +185,15 @@ def _check_integer(name: str, value: Any, low: int, high: int | None = None, why
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
-    return _svd_jit(plan, op, key, warm_NB)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _svd_jit(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
+def _differentiable(
+    plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None
+) -> SVD:
     methods = {"dense": _dense, "krylov": krylov_svd, "subspace": subspace_svd}
     return methods[plan.method](plan, op, key, warm_NB)
+
+
+# Outermost, so that a second call is answered without Python: the rule's own takes 3 ms.
+_svd = jax.jit(_differentiable, static_argnums=0)
 
 
 def _svd_forward(
@@ -212,7 +213,7 @@ def _svd_backward(
     return pull_back(op, factors, tangent, given), None, None
 
 
-_svd.defvjp(_svd_forward, _svd_backward)
+_differentiable.defvjp(_svd_forward, _svd_backward)
 
 
 def _dense(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:

@@ -323,7 +323,7 @@ def _project_filled(
     """The same, reading in quarters as much of the basis as holds the filled rows."""
     width = basis_WN.shape[0]
     sizes = sorted({-(-width * i // 4) for i in range(1, 5)})
-    parts = [functools.partial(_project, z_NB, basis_WN[:size]) for size in sizes]
+    parts = [functools.partial(lambda size: _project(z_NB, basis_WN[:size]), size) for size in sizes]
     none = jnp.zeros((), jnp.finfo(z_NB.dtype).dtype)
     which = jnp.searchsorted(jnp.array([0, *sizes], jnp.int32), filled)
     return jax.lax.switch(which, [lambda: (z_NB, none), *parts])
