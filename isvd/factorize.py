@@ -58,8 +58,9 @@ def svd(
             After more than 20 for each triplet, one product more settles the values.
         block: columns of one product, 8 by default; more suits accelerators. It is the
             multiplicity that one pass can see: clusters that are larger are searched for.
-        width: columns of the Krylov basis, which bound memory: (M + N) * width numbers. More of
-            them need fewer products. If it reaches min(M, N) the matrix is formed and factored.
+        width: columns of the Krylov basis, which bound memory: (M + N) * width numbers; 168 by
+            default for rank 32, of which the first cycles use 104. More of them need fewer
+            products. If it reaches min(M, N) the matrix is formed and factored.
         oversample: subspace iteration's p, by default min(rank, 30).
         warm_start: an SVD of a similar operator, or its right vectors (N, any): the first block.
         report: called on the host, also from inside jit, after each pass over the basis or each
@@ -150,9 +151,8 @@ def _checked_plan(
         extra = min(rank, 30) if oversample is None else oversample
         size = min(rank + extra, limit) if columns is None else max(columns, rank)
         iterations = 10 if tol is None else 10_000
-        return Plan(
-            method, rank, size, rank, size, tol or 0.0, max_products or 2 * (iterations + 1) * size
-        )
+        most = max_products or 2 * (iterations + 1) * size
+        return Plan(method, rank, size, rank, size, size, tol or 0.0, most)
     if oversample is not None:
         raise ValueError("oversample is of method='subspace'; krylov has block and width")
     if block is None:
@@ -160,16 +160,20 @@ def _checked_plan(
     _check_integer("block", block, 1, limit, f"min(M, N) of an operator of shape {op.shape}")
     kept = -(-(rank + block // 2) // block) * block
     least = kept + 2 * block
+    narrow = kept + max(-(-max(8 * BLOCK, kept) // block), 2) * block
     if width is None:
-        width = kept + max(8 * BLOCK, kept, 2 * block)
+        # Fewer than the whole space has: only where `narrow` reaches it is the matrix formed.
+        width = max(narrow, min(2 * narrow - kept, (limit - 1) // block * block))
     else:
         _check_integer("width", width, least, why=f"rank={rank} and block={block}")
-    width = -(-width // block) * block
+        width = -(-width // block) * block
+        narrow = min(narrow, width)
     return Plan(
         "dense" if width >= limit else method,
         rank,
         block,
         kept,
+        narrow,
         width,
         eps ** (2 / 3) if tol is None else float(tol),
         max_products or 100 * width,

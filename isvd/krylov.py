@@ -16,6 +16,10 @@ from isvd.operators import LinearOperator
 from isvd.orthonormal import orthonormalize
 from isvd.triplets import SVD, Plan, matmul, positive, report_pass, signed, thin_svd
 
+# How many times the narrow width is multiplied before cycles get the whole one. Most spectra have
+# converged by then, and a wide cycle costs them more; flat ones need fewer products with it.
+_PATIENCE = 10
+
 
 class _Basis(NamedTuple):
     """One pass in progress. Vectors are rows: the filled part of a basis is one piece of memory."""
@@ -109,12 +113,13 @@ def _cycle(plan: Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cycl
     """Fill the basis or converge, factor the small matrix, keep its leading triplets."""
     block, width, kept, k = plan.block, plan.width, plan.kept, plan.rank
     searching = jnp.isfinite(c.searched_K[0])
+    end = jnp.where(c.products < _PATIENCE * plan.narrow, plan.narrow, width)
     # A small factorisation costs little, a step that was not needed two products: four in a cycle.
-    every = max((width - kept) // (4 * block), 1)
+    every = jnp.maximum((end - kept) // (4 * block), 1)
 
     def unfinished(state: tuple[jax.Array, _Basis, _Small]) -> jax.Array:
         filled, _, small = state
-        return (filled + block <= width) & ~(_converged(plan, small, c.dropped) & ~searching)
+        return (filled + block <= end) & ~(_converged(plan, small, c.dropped) & ~searching)
 
     def step(state: tuple[jax.Array, _Basis, _Small]) -> tuple[jax.Array, _Basis, _Small]:
         """Two products, from which the recurrence takes what they have along known vectors."""
@@ -132,7 +137,7 @@ def _cycle(plan: Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cycl
         b_WX = _put(basis.b_WX, jnp.hstack([r_BB, s_BB.conj().T]), at, at)
         basis = _Basis(_put(basis.u_WM, u_MB.T, at, 0), v_WN, b_WX, next_NB, known_MB, size)
         filled = at + block
-        look = (filled >= kept) & (((filled - c.filled) // block % every == 0) | (filled == width))
+        look = (filled >= kept) & (((filled - c.filled) // block % every == 0) | (filled == end))
         small = jax.lax.cond(look, lambda: _factor(plan, b_WX, filled), lambda: small)
         return filled, basis, small
 
@@ -188,7 +193,18 @@ class _Small(NamedTuple):
 
 
 def _factor(plan: Plan, b_WX: jax.Array, filled: jax.Array) -> _Small:
-    block, width, kept = plan.block, plan.width, plan.kept
+    def of(width: int) -> _Small:
+        small = _factor_leading(plan, b_WX[:width, : width + plan.block], filled)
+        more = ((0, plan.width - width), (0, 0))
+        return small._replace(x_WL=jnp.pad(small.x_WL, more), y_WL=jnp.pad(small.y_WL, more))
+
+    if plan.narrow == plan.width:
+        return of(plan.width)
+    return jax.lax.cond(filled <= plan.narrow, lambda: of(plan.narrow), lambda: of(plan.width))
+
+
+def _factor_leading(plan: Plan, b_WX: jax.Array, filled: jax.Array) -> _Small:
+    width, block, kept = len(b_WX), plan.block, plan.kept
     inside_W = jnp.arange(width, dtype=jnp.int32) < filled
     b_WW = jnp.where(inside_W, b_WX[:, :width], 0)
     # Rows that are not filled get values above all others, so that they are not taken for zeros.
@@ -323,7 +339,11 @@ def _project_filled(
     """The same, reading in quarters as much of the basis as holds the filled rows."""
     width = basis_WN.shape[0]
     sizes = sorted({-(-width * i // 4) for i in range(1, 5)})
-    parts = [functools.partial(lambda size: _project(z_NB, basis_WN[:size]), size) for size in sizes]
+
+    def part(size: int) -> tuple[jax.Array, jax.Array]:
+        return _project(z_NB, basis_WN[:size])  # sliced here: outside, every step copies each size
+
+    parts = [functools.partial(part, size) for size in sizes]
     none = jnp.zeros((), jnp.finfo(z_NB.dtype).dtype)
     which = jnp.searchsorted(jnp.array([0, *sizes], jnp.int32), filled)
     return jax.lax.switch(which, [lambda: (z_NB, none), *parts])

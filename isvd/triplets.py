@@ -41,7 +41,8 @@ class Plan:
     rank: int
     block: int  # columns of a product
     kept: int  # triplets that a restart keeps
-    width: int  # columns of the Krylov basis
+    narrow: int  # columns of the Krylov basis in its first cycles
+    width: int  # and in later ones
     tol: float
     max_products: int
     report: Callable[[Any, Any], None] | None = None

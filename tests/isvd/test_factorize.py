@@ -206,6 +206,17 @@ def test_warm_start_saves_products():
     assert warm.products < iterated.products
 
 
+def test_later_cycles_are_wider_where_the_spectrum_is_flat():
+    s_N = np.linspace(1, 0, 4000).astype("float32")
+    op = operators.diagonal(s_N)
+    found, narrow = (svd(op, KEY, rank=8, tol=1e-4, width=width) for width in (None, 80))
+    for factors in (found, narrow):
+        np.testing.assert_allclose(factors.s_K, s_N[:8], rtol=1e-6)
+        np.testing.assert_allclose(jnp.abs(factors.u_MK[:8]), np.eye(8), atol=0.05)
+        assert factors.converged
+    assert 10 * 80 < found.products < 0.8 * narrow.products
+
+
 def test_same_key_same_bits_and_jit_changes_nothing():
     op = operators.dense(with_values(SPECTRA["slow decay"]).astype("float32"))
     first, again = svd(op, KEY, rank=RANK), svd(op, KEY, rank=RANK)
