@@ -19,7 +19,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from isvd.derivative import pull_back, svd_tangent
-from isvd.krylov import krylov_svd
+from isvd.krylov import PATIENCE, krylov_svd
 from isvd.operators import LinearOperator, _Static
 from isvd.subspace import subspace_svd
 from isvd.triplets import SVD, Plan, signed, thin_svd
@@ -58,9 +58,9 @@ def svd(
             After more than 20 for each triplet, one product more settles the values.
         block: columns of one product, 8 by default; more suits accelerators. It is the
             multiplicity that one pass can see: clusters that are larger are searched for.
-        width: columns of the Krylov basis, which bound memory: (M + N) * width numbers; 168 by
-            default for rank 32, of which the first cycles use 104. More of them need fewer
-            products. If it reaches min(M, N) the matrix is formed and factored.
+        width: columns of the Krylov basis, which bound memory: (M + N) * width numbers. More of
+            them need fewer products. If it reaches min(M, N) the matrix is formed and factored. By
+            default 168 for rank 32, of which cycles use 104 until 1040 columns were multiplied.
         oversample: subspace iteration's p, by default min(rank, 30).
         warm_start: an SVD of a similar operator, or its right vectors (N, any): the first block.
         report: called on the host, also from inside jit, after each pass over the basis or each
@@ -161,13 +161,14 @@ def _checked_plan(
     kept = -(-(rank + block // 2) // block) * block
     least = kept + 2 * block
     narrow = kept + max(-(-max(8 * BLOCK, kept) // block), 2) * block
-    if width is None:
+    if width is not None:
+        _check_integer("width", width, least, why=f"rank={rank} and block={block}")
+        narrow = width = -(-width // block) * block
+    elif max_products is not None and max_products <= PATIENCE * narrow:
+        width = narrow
+    else:
         # Fewer than the whole space has: only where `narrow` reaches it is the matrix formed.
         width = max(narrow, min(2 * narrow - kept, (limit - 1) // block * block))
-    else:
-        _check_integer("width", width, least, why=f"rank={rank} and block={block}")
-        width = -(-width // block) * block
-        narrow = min(narrow, width)
     return Plan(
         "dense" if width >= limit else method,
         rank,

@@ -18,7 +18,7 @@ from isvd.triplets import SVD, Plan, matmul, positive, report_pass, signed, thin
 
 # How many times the narrow width is multiplied before cycles get the whole one. Most spectra have
 # converged by then, and a wide cycle costs them more; flat ones need fewer products with it.
-_PATIENCE = 10
+PATIENCE = 10
 
 
 class _Basis(NamedTuple):
@@ -113,7 +113,7 @@ def _cycle(plan: Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cycl
     """Fill the basis or converge, factor the small matrix, keep its leading triplets."""
     block, width, kept, k = plan.block, plan.width, plan.kept, plan.rank
     searching = jnp.isfinite(c.searched_K[0])
-    end = jnp.where(c.products < _PATIENCE * plan.narrow, plan.narrow, width)
+    end = jnp.where(c.products < PATIENCE * plan.narrow, plan.narrow, width)
     # A small factorisation costs little, a step that was not needed two products: four in a cycle.
     every = jnp.maximum((end - kept) // (4 * block), 1)
 
