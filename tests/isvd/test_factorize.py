@@ -217,6 +217,17 @@ def test_later_cycles_are_wider_where_the_spectrum_is_flat():
     assert 10 * 80 < found.products < 0.8 * narrow.products
 
 
+def test_a_basis_that_no_cycle_reaches_takes_no_memory():
+    def temporary(**options):
+        find = jax.jit(lambda op: svd(op, KEY, rank=8, tol=1e-4, **options))
+        compiled = find.lower(operators.diagonal(jnp.ones(4000))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one_basis = (144 - 80) * 4000 * 4
+    assert temporary() - temporary(max_products=800) > one_basis
+    assert temporary(max_products=800) == temporary(max_products=800, width=80)
+
+
 def test_same_key_same_bits_and_jit_changes_nothing():
     op = operators.dense(with_values(SPECTRA["slow decay"]).astype("float32"))
     first, again = svd(op, KEY, rank=RANK), svd(op, KEY, rank=RANK)
