@@ -53,7 +53,11 @@ def _horner(coef_Q: jax.Array, dtype: _Static, product: Product, x_NC: jax.Array
 
 def windowed_sum(a: LinearOperator, weight_Q: Any) -> LinearOperator:
     """sum_q weight[q - 1] A^q, q = 1, ..., Q: walks of up to Q steps, in Q products."""
-    return compose(a, polynomial(a, weight_Q))
+    weight_Q = jnp.asarray(weight_Q)
+    if weight_Q.ndim != 1 or not weight_Q.size:
+        raise ValueError(f"weight_Q has shape {weight_Q.shape}, expected one axis, not empty")
+    # A coefficient of 0 in front costs a sum more than A @ polynomial(A), but compiles A once.
+    return polynomial(a, jnp.pad(weight_Q, (1, 0)))
 
 
 def geometric_sum(a: LinearOperator, ratio: Any, num_terms: int) -> LinearOperator:

@@ -1,9 +1,8 @@
 """Sparse matrices as operators: their products with blocks of columns, quick on each platform.
 
-A matrix is kept as compressed rows, and its adjoint as compressed rows too, so that products from
-both sides read memory in order. The product is that of `jax.experimental.sparse.BCSR`, which on CPU
-is a kernel of jaxlib: of the ways that depend on the matrix's sizes alone the quickest from eight
-columns on (docs/benchmarks.md). `layout="ell"` is quicker still, and a program for each pattern.
+A matrix and its adjoint are kept apart, so that products from both sides read memory in order. Each
+is cut into rows of few lengths (`isvd.ell`), or kept as compressed rows, whose product is that of
+`jax.experimental.sparse.BCSR`, on CPU a kernel of jaxlib (docs/benchmarks.md).
 
 Axes: M rows, N columns, C columns of a block, E stored entries.
 """
@@ -22,9 +21,12 @@ from isvd.operators import LinearOperator, _checked_shape, _Static, dtype_of
 # On CPU the kernel takes as long for fewer columns as for this many, or longer.
 _LEAST_COLUMNS = 8
 
+# From here on an SVD saves by "ell" what its compilation costs more within a few calls.
+_MANY_ENTRIES = 2**15
+
 
 def sparse(
-    matrix: Any, dtype: Any = None, *, layout: Literal["csr", "ell"] = "csr"
+    matrix: Any, dtype: Any = None, *, layout: Literal["auto", "ell", "csr"] = "auto"
 ) -> LinearOperator:
     """The operator of a sparse matrix in memory.
 
@@ -32,10 +34,10 @@ def sparse(
         matrix: a scipy sparse matrix or array of any format, or a JAX `BCOO` or `BCSR`. Entries
             stored twice are added, and stored zeros are kept.
         dtype: of the entries; by default theirs, where integers and booleans become float32.
-        layout: "csr", compressed rows, or "ell", rows cut to few lengths (`isvd.ell`). In float32
-            the latter's products are .9 to 1.6 times as quick on a CPU with blocks of columns, 2 to
-            3.5 times with one; on an H100 1.7 to 1.9 times in a trial (docs/benchmarks.md). But a
-            compiled program serves one pattern of entries, and takes longer to compile.
+        layout: "ell", rows cut to few lengths (`isvd.ell`), with the quicker products; "csr",
+            compressed rows, which compile quicker, share one program between patterns of equally
+            many entries, and have the quicker derivative by the block that is multiplied; or, by
+            default, "ell" from 32768 entries on and "csr" below (docs/benchmarks.md).
     Raises:
         ValueError: if it is no such matrix, has other than two axes, or too many entries, or the
             layout is unknown.
@@ -76,7 +78,7 @@ def sparse_from_entries(
     shape: tuple[int, int],
     dtype: Any = None,
     *,
-    layout: Literal["csr", "ell"] = "csr",
+    layout: Literal["auto", "ell", "csr"] = "auto",
 ) -> LinearOperator:
     """The operator of the entries A[rows[e], columns[e]] += values[e].
 
@@ -121,9 +123,12 @@ def sparse_from_entries(
 
 
 def _operator(sides: list, shape: tuple[int, int], layout: str) -> LinearOperator:
-    if layout not in ("csr", "ell"):
-        raise ValueError(f"layout={layout!r} is not one of 'csr', 'ell'")
-    if layout == "ell" and sides[0][0].size:
+    if layout not in ("auto", "ell", "csr"):
+        raise ValueError(f"layout={layout!r} is not one of 'auto', 'ell', 'csr'")
+    num_entries = sides[0][0].size
+    if layout == "auto":
+        layout = "ell" if num_entries >= _MANY_ENTRIES else "csr"
+    if layout == "ell" and num_entries:
         products = [ell.product(*side) for side in sides]
     else:
         products = [

@@ -103,6 +103,8 @@ def main(program: Program, cfg: RunConfig) -> int:
 
 
 def _anew(program: Program, cfg: RunConfig, say: Callable[..., None]) -> dict[str, Any]:
+    # LAPACK's threads wait by spinning on the cores that XLA wants. jax, imported here, loads it.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from launch import parallel
 
     parallel.start(platform_devices=cfg.platform_devices, compilation_cache=cfg.compilation_cache)

@@ -54,8 +54,18 @@ def test_layouts_agree(density):
     np.testing.assert_allclose(op.rmatmat(y_MC), other.rmatmat(y_MC), atol=1e-4)
 
 
+@pytest.mark.parametrize(("entries", "kind"), [(2**15 - 1, "csr"), (2**15, "ell")])
+def test_the_layout_is_chosen_by_the_number_of_entries(entries, kind):
+    row_E, column_E = np.divmod(np.arange(entries), 256)
+    given = row_E, column_E, np.ones(entries, "f"), (128, 256)
+    chosen, asked = (
+        spmm.sparse_from_entries(*given, **options) for options in ({}, {"layout": kind})
+    )
+    assert jax.tree.structure(chosen) == jax.tree.structure(asked)
+
+
 def test_unknown_layout():
-    with pytest.raises(ValueError, match="layout='coo' is not one of 'csr', 'ell'"):
+    with pytest.raises(ValueError, match="layout='coo' is not one of 'auto', 'ell', 'csr'"):
         spmm.sparse(scipy.sparse.csr_array(random_matrix()), layout="coo")
 
 
