@@ -217,6 +217,11 @@ class TrainConfig:
                 f"--gate_groups={self.gate_groups}: expected a divisor of "
                 f"--num_tasks={self.num_tasks}, so that groups are equal"
             )
+        if self.gate_prior == "aggregated" and self.task_groups == "none":
+            raise ValueError(
+                "--gate_prior=aggregated: expected --task_groups with it; the mean over one group "
+                "is the group itself"
+            )
         if len(self.gate_beta) != 2 or sum(self.gate_beta) <= 2:
             raise ValueError(
                 f"--gate_beta={','.join(f'{x:g}' for x in self.gate_beta)}: expected two numbers, "

@@ -126,10 +126,12 @@ class Evaluator:
             "unseen_tasks": len(by_task_W),
         }
         if outcome.best.step > 0 and "accuracy_reported" in history:
-            known = np.isfinite(history["accuracy_reported"]) & (history["step"] > 0)
-            summary["transience"] = modgrok.transience(
-                history["step"][known], history["accuracy_reported"][known]
-            )._asdict()
+            # Of the steps that compete for the best checkpoint, and chosen as that one is.
+            begin = 1 if self._latent is None else self._latent.ramp_end
+            known = np.isfinite(history["accuracy_reported"]) & (history["step"] >= begin)
+            names = ("step", "accuracy_reported", "accuracy_deciding")
+            found = modgrok.transience(*(history[name][known] for name in names))
+            summary["transience"] = found._asdict()
         gates = self._gates(state, outcome)
         summary |= gates
         arrays = {} if self._group_W is None else {"task_groups": self._group_W}

@@ -113,6 +113,11 @@ def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
                 f"{jax.devices()[0].platform}; "
                 + (f"resuming at step {start}" if restored else "compiling first")
             )
+            if latent is not None and latent.ramp_end > cfg.steps:
+                say(
+                    f"The gates' weights are whole from step {latent.ramp_end} on, and "
+                    f"--steps={cfg.steps}: no checkpoint of these steps is chosen as the best"
+                )
             evaluator = modgrok_report.Evaluator(
                 cfg, model, tasks, inputs, mesh, latent=latent, group_W=group_W
             )

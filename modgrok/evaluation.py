@@ -169,12 +169,19 @@ class Transience(NamedTuple):
     best: float
     best_step: int
     last: float
-    drop: float  # best - last, at least 0
+    drop: float  # best - last
 
 
-def transience(step_C: Sequence[int], accuracy_C: Sequence[float]) -> Transience:
-    """Best (the earliest, if several), its step, the last, and their difference."""
+def transience(
+    step_C: Sequence[int], accuracy_C: Sequence[float], deciding_C: Sequence[float] | None = None
+) -> Transience:
+    """Accuracy at its best step (the earliest, if several), that step, the last, their difference.
+
+    Args:
+        deciding_C: accuracy of other tasks, by which the best step is chosen; by `accuracy_C`
+            itself if None, which flatters the best: it is then the greatest of noisy numbers.
+    """
     accuracy_C = np.asarray(accuracy_C, float)
-    at = int(np.argmax(accuracy_C))
+    at = int(np.argmax(accuracy_C if deciding_C is None else deciding_C))
     best, last = float(accuracy_C[at]), float(accuracy_C[-1])
     return Transience(best, int(step_C[at]), last, best - last)

@@ -34,3 +34,12 @@ def test_an_experiment_is_recorded_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(modgrok_latent, "train", None)
     modgrok_latent.main(arguments)
     assert "| 0    | L=3 pre K=2.0 |" in capsys.readouterr().out
+
+
+def test_best_accuracy_on_unseen_tasks_is_chosen_by_others_once_weights_are_whole():
+    run = modgrok_latent.Run(soft=10, anneal=10, test_every=20)
+    history = {"step": [60], "max_grad_norm": [1.0]}
+    history |= {"reported": [0.9, 0.3, 0.2, 0.4], "deciding": [0.9, 0.1, 0.5, 0.4]}
+    row = {"run": dataclasses.asdict(run), "history": history}
+    shown = modgrok_latent.summary(row)
+    assert (shown["best_reported"], shown["last_reported"]) == (0.2, 0.4)

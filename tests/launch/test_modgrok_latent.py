@@ -35,9 +35,13 @@ def gated(tmp_path_factory, cache):
 def test_a_run_reports_its_gates_and_is_resumed(program, gated, tmp_path):
     """Stopped after 4 steps, it ends with the same bits: gates fold in the step."""
     workdir = tmp_path / "run"
-    assert program(*GATED, f"--workdir={workdir}", "--steps=4", "--quiet")[0] == 0
+    status, out, err = program(*GATED, f"--workdir={workdir}", "--steps=4")
+    assert status == 0
+    assert "The gates' weights are whole from step 5 on, and --steps=4: no checkpoint" in err
+    assert json.loads(out)["best_step"] == -1
     status, out, err = program(*GATED, f"--workdir={workdir}", "--figures")
     assert status == 0
+    assert "no checkpoint" not in err
     assert "resuming at step 4" in err
     assert "Gates keep" in err
     assert_same_run(workdir, gated, GATED)
@@ -54,7 +58,7 @@ def test_a_run_reports_its_gates_and_is_resumed(program, gated, tmp_path):
     with np.load(workdir / "evaluation.npz") as arrays:
         assert arrays["gate_logits"].shape == (1, 2)
     # Weights rise until step 5, so only the test at step 8 may choose.
-    assert result["best_step"] == 8
+    assert result["best_step"] == result["transience"]["best_step"] == 8
 
 
 @pytest.mark.slow
@@ -111,6 +115,7 @@ BAD = [
     (["--gate_beta=1,1"], "--gate_beta=1,1: expected two numbers, not both 1"),
     (["--gate_tau=0"], "--gate_tau=0: expected a finite number at least 0.001"),
     (["--gate_prior=flat"], "--gate_prior=flat: expected one of uniform, aggregated, beta"),
+    (["--gate_prior=aggregated"], "--gate_prior=aggregated: expected --task_groups with it"),
 ]
 
 

@@ -145,3 +145,8 @@ def test_transience_on_known_curves(curve, wanted):
     result = evaluation.transience(range(0, 10 * len(curve), 10), curve)
     assert result == pytest.approx(wanted)
     assert isinstance(result.best_step, int)
+
+
+def test_other_tasks_decide_on_the_best_step():
+    result = evaluation.transience([10, 20, 30, 40], [0.3, 0.9, 0.5, 0.6], [0.2, 0.4, 0.8, 0.8])
+    assert result == pytest.approx((0.5, 30, 0.6, -0.1))
