@@ -13,7 +13,7 @@ from a run of ours in float64 at a tolerance of 1e-10 (for the dense matrix from
 
 On a GPU the peers are its libraries' solvers (`--solvers ours "cupy svds" "torch lowrank"`): CuPy's
 Lanczos `svds` and PyTorch's randomised `svd_lowrank`. Their matrices lie there before the clock
-starts. `ours ell` is ours with that layout of sparse matrices.
+starts. `ours csr` is ours with compressed rows.
 
 Times are from arrays in memory to numpy arrays of the result, medians of interleaved repetitions;
 the first call of ours includes compilation and has a column of its own. `halko` is the algorithm
@@ -59,14 +59,16 @@ class Problem(NamedTuple):
     scipy: Any  # array, sparse matrix or LinearOperator
     explicit: bool  # whether `scipy` is a matrix
     elsewhere: Callable | None = None  # (library, move) -> what `scipy` is, of another library
-    ell: Any = None  # ours with that layout of sparse matrices
+    layout: Callable[[str], Any] | None = None  # -> ours with that layout of sparse matrices
 
 
 def sparse_problem(matrix: Any, dtype: Any) -> Problem:
     import isvd
 
-    csr, ell = (isvd.sparse(matrix, dtype, layout=layout) for layout in ("csr", "ell"))
-    return Problem(csr, scipy.sparse.csr_array(matrix, dtype=dtype), True, ell=ell)
+    def ours(layout: str) -> Any:
+        return isvd.sparse(matrix, dtype, layout=layout)
+
+    return Problem(ours("auto"), scipy.sparse.csr_array(matrix, dtype=dtype), True, layout=ours)
 
 
 def walk_problem(adjacency: Any, dtype: Any, *, window: int = 10, weight: float = 0.02) -> Problem:
@@ -119,7 +121,7 @@ def walk_problem(adjacency: Any, dtype: Any, *, window: int = 10, weight: float 
             dtype=dtype,
         )
 
-    return Problem(ours("csr"), linear(), False, linear, ours("ell"))
+    return Problem(ours("auto"), linear(), False, linear, ours)
 
 
 def random_graph(num_nodes: int, num_edges: int, seed: int = 0) -> scipy.sparse.csr_array:
@@ -190,8 +192,9 @@ def ours(problem: Problem, tol: float) -> Triplets:
     return tuple(np.asarray(part) for part in factors[:3])
 
 
-def ours_ell(problem: Problem, tol: float) -> Triplets:
-    return ours(problem._replace(operator=problem.ell), tol)
+def ours_csr(problem: Problem, tol: float) -> Triplets:
+    operator = _once("csr", problem, lambda: problem.layout("csr"))
+    return ours(problem._replace(operator=operator), tol)
 
 
 def svds(problem: Problem, tol: float, *, solver: str) -> Triplets:
@@ -228,6 +231,52 @@ def sklearn_randomized(problem: Problem, iterations: int) -> Triplets:
         problem.scipy, RANK, n_oversamples=30, n_iter=iterations, random_state=0
     )
     return u_MK, s_K, vh_KN.T
+
+
+def fbpca_pca(problem: Problem, iterations: int) -> Triplets:
+    import fbpca
+
+    np.random.seed(0)  # noqa: NPY002  (it draws from numpy's global state)
+    # Its raw=True is the SVD; it takes scipy's older kind of sparse matrix.
+    u_MK, s_K, vh_KN = fbpca.pca(
+        _once("fbpca", problem, lambda: _as_matrix(problem.scipy)),
+        k=RANK, raw=True, n_iter=iterations, l=RANK + 30,
+    )  # fmt: skip
+    return u_MK, s_K, vh_KN.T
+
+
+def _as_matrix(a: Any) -> Any:
+    return scipy.sparse.csr_matrix(a) if scipy.sparse.issparse(a) else a
+
+
+def matfree_svd(problem: Problem, num_matvecs: int) -> Triplets:
+    """Golub-Kahan with one vector and full reorthogonalisation, compiled."""
+    import jax
+
+    v_N = jax.random.normal(jax.random.key(0), (problem.operator.shape[1],), problem.operator.dtype)
+    u_KM, s_K, v_KN = _matfree_program()(problem.operator, v_N, num_matvecs)
+    return np.asarray(u_KM).T, np.asarray(s_K), np.asarray(v_KN).T
+
+
+@functools.cache
+def _matfree_program() -> Callable:
+    import jax
+    from jax.custom_derivatives import linear_call
+    from matfree import decomp, eig
+
+    def run(op: Any, v_N: Any, num_matvecs: int) -> Any:
+        # It takes the adjoint by jax.vjp: given ours, since the derived one would be slower.
+        def product(x_N: Any) -> Any:
+            return linear_call(
+                lambda op, x_N: op.matmat(x_N[:, None])[:, 0],
+                lambda op, y_M: op.rmatmat(y_M[:, None])[:, 0],
+                op, x_N,
+            )  # fmt: skip
+
+        found = eig.svd_partial(decomp.bidiag(num_matvecs))(product, v_N)
+        return tuple(part[:RANK] for part in found)
+
+    return jax.jit(run, static_argnums=2)
 
 
 def jax_lobpcg(problem: Problem, iterations: int) -> Triplets:
@@ -308,18 +357,26 @@ def torch_lowrank(problem: Problem, iterations: int) -> Triplets:
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10, 0.0)
 SOLVERS: dict[str, tuple[Callable, Sequence[Any]]] = {
     "ours": (ours, (1e-4, 1e-5, 1e-6, 1e-8, 1e-9, 1e-10)),
-    "ours ell": (ours_ell, (1e-4, 1e-5, 1e-6, 1e-8, 1e-9, 1e-10)),
+    "ours csr": (ours_csr, (1e-4, 1e-5, 1e-6, 1e-8, 1e-9, 1e-10)),
     "arpack": (functools.partial(svds, solver="arpack"), TOLERANCES),
     "propack": (functools.partial(svds, solver="propack"), TOLERANCES),
     "lobpcg": (functools.partial(svds, solver="lobpcg"), TOLERANCES),
     "halko": (halko, (10, 20, 40, 80)),
+    "fbpca": (fbpca_pca, (2, 4, 8, 16, 32, 64)),
     "sklearn randomized": (sklearn_randomized, (4, 8, 16, 32, 64)),
+    "matfree": (matfree_svd, (64, 128, 256, 512)),
     "jax lobpcg": (jax_lobpcg, (20, 40, 80, 160)),
     "cupy svds": (cupy_svds, TOLERANCES),
     "torch lowrank": (torch_lowrank, (4, 8, 16, 32, 64, 128)),
 }
-_NEEDS = {"sklearn randomized": "sklearn", "cupy svds": "cupy", "torch lowrank": "torch"}
-_MATRICES_ONLY = ("sklearn randomized", "torch lowrank")
+_NEEDS = {
+    "fbpca": "fbpca",
+    "sklearn randomized": "sklearn",
+    "matfree": "matfree",
+    "cupy svds": "cupy",
+    "torch lowrank": "torch",
+}
+_MATRICES_ONLY = ("fbpca", "sklearn randomized", "torch lowrank")
 
 
 def installed(solver: str) -> bool:
@@ -346,7 +403,7 @@ def measure(
         run, settings = SOLVERS[solver]
         if solver in _MATRICES_ONLY and not problem.explicit:
             continue
-        if solver == "ours ell" and problem.ell is None:
+        if solver == "ours csr" and problem.layout is None:
             continue
         row, first = None, None
         for setting in settings:
