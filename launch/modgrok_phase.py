@@ -3,14 +3,16 @@
 Every run is the one that modgrok_train makes with the same flags. Finished runs are kept, and a
 chunk of runs is saved on its way, so the same command takes up a diagram that was stopped; with
 more rows, columns, depths or seeds it trains the new runs alone, and --merge takes finished ones
-from other folders. Files: phase.npz (the four sets of every run by step), runs/, figures/. stdout
-ends with one line of JSON. Presets: quick (seconds) and paper (7 x 7 runs; a GPU).
+from other folders. Files: runs/ (all that were ever trained here), and of those that the flags name
+phase.npz (the four sets of every run by step) and figures/. stdout ends with one line of JSON.
+Presets: quick (seconds) and paper (7 x 7 runs; a GPU).
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -44,6 +46,21 @@ class _Depth(NamedTuple):
     plan: Any
     sizes: tuple[int, int, int, int]
     chunk: int
+
+
+class _Begun(NamedTuple):
+    """A chunk with a checkpoint in its folder, and the runs that it holds, in their order."""
+
+    path: Path
+    cells: list[Cell]
+
+
+class _Share(NamedTuple):
+    """Runs to train together, filled up to `slots`, from the checkpoint that has them."""
+
+    cells: list[Cell]
+    slots: int
+    begun: _Begun | None
 
 
 def _prepare(cfg: PhaseConfig, say: Callable[..., None]) -> dict[int, _Depth]:
@@ -120,12 +137,15 @@ def _work(
     found = len(kept)
     if found:
         say(f"{found} of {len(wanted)} runs are there already")
+    _clean(folder.path)
     trainer = _Trainer(cfg, folder, say, len(wanted) - found)
     with StopRequest() as stop:
         for layers, depth in depths.items():
-            missing = [cell for cell in wanted if cell.layers == layers and cell not in kept]
-            for group, slots in _groups(folder.path, missing, depth.chunk):
-                kept |= trainer.train(depth, group, slots, stop)
+            here = [cell for cell in wanted if cell.layers == layers]
+            # Once more for runs whose checkpoint was damaged: from another one, or the start.
+            while missing := [cell for cell in here if cell not in kept]:
+                for share in _groups(folder.path, missing, depth.chunk):
+                    kept |= trainer.train(depth, *share, stop)
     arrays = _arrays(cfg, wanted, kept)
     return _result(cfg, wanted, arrays, found), {"phase": arrays}
 
@@ -168,23 +188,47 @@ def _kept(
     return part
 
 
-def _groups(path: Path, missing: Sequence[Cell], chunk: int) -> Iterator[tuple[list[Cell], int]]:
-    """Runs to train together: first as in the chunks that were begun, then equal shares.
-
-    With each the size that it is filled up to, the same for all shares: they are one program.
-    """
+def _groups(path: Path, missing: Sequence[Cell], chunk: int) -> Iterator[_Share]:
+    """Runs to train together, at most `chunk`: first those of chunks that were begun."""
     left = list(missing)
+    for begun in _begun(path):
+        part = [cell for cell in begun.cells if cell in left]
+        left = [cell for cell in left if cell not in part]
+        yield from _shares(part, chunk, begun)
+    yield from _shares(left, chunk, None)
+
+
+def _shares(cells: list[Cell], chunk: int, begun: _Begun | None) -> Iterator[_Share]:
+    """Equal ones, all filled up to the same size: they are one program."""
+    shares = -(-len(cells) // chunk)
+    for part in np.array_split(np.arange(len(cells)), shares) if shares else ():
+        yield _Share([cells[at] for at in part], -(-len(cells) // shares), begun)
+
+
+def _begun(path: Path) -> list[_Begun]:
+    """The one with the latest checkpoint first: a run may be in several, of other chunks."""
+    found = []
     for note in sorted((path / "checkpoints").glob("*/runs.json")):
-        try:
-            begun = [Cell(*values) for values in json.loads(note.read_text())]
-        except (OSError, ValueError, TypeError):
-            continue  # without its list a chunk is begun again
-        if begun and all(cell in left for cell in begun):
-            left = [cell for cell in left if cell not in begun]
-            yield begun, len(begun)
-    shares = -(-len(left) // chunk)
-    for part in np.array_split(np.arange(len(left)), shares) if shares else ():
-        yield [left[at] for at in part], -(-len(left) // shares)
+        names = [one.name for one in note.parent.glob("latest/*")]
+        steps = [int(m[1]) for name in names if (m := re.fullmatch(r"\d+-step-(\d+)", name))]
+        if steps and (cells := _listed(note)):
+            found.append((max(steps), _Begun(note.parent, cells)))
+    return [begun for _, begun in sorted(found, key=lambda pair: -pair[0])]
+
+
+def _listed(note: Path) -> list[Cell]:
+    try:
+        return [Cell(*values) for values in json.loads(note.read_text())]
+    except (OSError, ValueError, TypeError):
+        return []  # without its list a chunk is begun again
+
+
+def _clean(path: Path) -> None:
+    """Remove the checkpoints of chunks whose runs are all finished, asked for or not."""
+    for note in sorted((path / "checkpoints").glob("*/runs.json")):
+        files = [path / "runs" / f"{cell.name}.npz" for cell in _listed(note)]
+        if files and all(file.exists() for file in files):
+            shutil.rmtree(note.parent)
 
 
 @functools.cache
@@ -205,13 +249,19 @@ class _Trainer:
         self, cfg: PhaseConfig, folder: rundir.RunDir, say: Callable[..., None], runs: int
     ) -> None:
         self._cfg, self._folder, self._say, self._runs = cfg, folder, say, runs
-        self._done = self._tests = 0  # runs finished, tests reported by this process
+        self._done = 0  # runs finished by this process
+        self._tests = max((row["step"] for row in folder.history()), default=0)  # reports so far
         self._spent = 0.0  # seconds, compilation left out
         self._advanced = 0  # runs x tests that these seconds were for
         self._compiled: set[tuple[int, int]] = set()  # layers, slots
 
-    def train(self, depth: _Depth, group: list[Cell], slots: int, stop: Any) -> dict[Cell, Any]:
-        """The arrays of every run of the group, which are also saved."""
+    def train(
+        self, depth: _Depth, group: list[Cell], slots: int, begun: _Begun | None, stop: Any
+    ) -> dict[Cell, Any]:
+        """The arrays of every run of the group, which are also saved.
+
+        Of no run if what was begun is damaged; it is then put aside.
+        """
         import jax
 
         from launch import parallel
@@ -228,34 +278,34 @@ class _Trainer:
         spread = {"mesh": mesh, "axis": parallel.AXIS} if mesh.size > 1 else {}
         runs = jax.device_put(runs, place)
 
-        tests, real = cfg.steps // cfg.eval_every, len(group)
-        records = {
-            "loss": np.full((real, tests), np.nan, np.float32),
-            "accuracy": np.full((real, tests, 4), np.nan, np.float32),
-            "deciding": np.full((real, tests, 2), np.nan, np.float32),
-        }
+        real = len(group)
         names = [cell.name for cell in group]
         digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
         path = folder.path / "checkpoints" / f"L{group[0].layers}-{digest}"
-        like = (jax.eval_shape(functools.partial(phase.init, plan=depth.plan), keys_G[:real]),)
-        like = (*like, records)
+        source = begun or _Begun(path, group)
+        keys_like = jax.ShapeDtypeStruct((len(source.cells),), keys_G.dtype)
+        like = jax.eval_shape(functools.partial(phase.init, plan=depth.plan), keys_like)
+        try:
+            with Checkpoints(source.path) as store:
+                restored = store.restore((like, _records(cfg, len(source.cells))))
+        except DamagedError as error:
+            aside = _put_aside(folder.path, source.path)
+            text = "these runs go on from an earlier one, or begin again"
+            print(f"{error}; moved to {aside}, {text}", file=sys.stderr)
+            restored = None
+        if begun and not restored:
+            return {}
         with Checkpoints(path, keep=2) as store:
-            try:
-                restored = store.restore(like)
-            except DamagedError as error:
-                aside = _put_aside(folder.path, path)
-                print(f"{error}; moved to {aside}, these runs begin again", file=sys.stderr)
-                restored = None
             start = restored.step if restored else 0
             if restored:
+                at_G = np.array([source.cells.index(cell) for cell in fill])
                 state, records = restored.state
-                records = {name: np.array(x) for name, x in records.items()}
-                again = np.minimum(np.arange(slots), real - 1)
-                state = jax.tree.map(lambda x: np.asarray(x)[again], state)
+                records = {name: x[at_G[:real]] for name, x in records.items()}
+                state = jax.tree.map(lambda x: np.asarray(x)[at_G], state)
             else:
-                state = phase.init(keys_G, plan=depth.plan)
-                path.mkdir(parents=True, exist_ok=True)
-                folder.save_text(f"checkpoints/{path.name}/runs.json", json.dumps(group))
+                state, records = phase.init(keys_G, plan=depth.plan), _records(cfg, real)
+            path.mkdir(parents=True, exist_ok=True)
+            folder.save_text(f"checkpoints/{path.name}/runs.json", json.dumps(group))
             state = jax.device_put(state, place)
             at = f"resuming at step {start}" if start else "compiling first"
             self._say(
@@ -287,7 +337,7 @@ class _Trainer:
         for g, cell in enumerate(group):
             done[cell] = {name: x[g] for name, x in zip(_ARRAYS, values, strict=True)}
             folder.save_arrays(f"runs/{cell.name}", **done[cell])
-        shutil.rmtree(path)
+        _clean(folder.path)
         self._done += real
         if (signum := stop.poll()) is not None and self._done < self._runs:
             self._end(signum, f"with {self._done} runs done")
@@ -322,6 +372,13 @@ class _Trainer:
             left = here * cfg.steps / cfg.eval_every * self._spent / self._advanced
             text += f"  {left / 60:.1f} min left"
         self._say(text)
+
+
+def _records(cfg: PhaseConfig, runs: int) -> dict[str, np.ndarray]:
+    """Of tests that are to come."""
+    sizes = {"loss": (), "accuracy": (4,), "deciding": (2,)}
+    shape = (runs, cfg.steps // cfg.eval_every)
+    return {name: np.full((*shape, *size), np.nan, np.float32) for name, size in sizes.items()}
 
 
 def _mean(x_G: np.ndarray) -> float:
@@ -393,7 +450,16 @@ def _draw(arrays: program.Arrays) -> dict[str, Any]:
     return phase_figures.all_figures(arrays["phase"])
 
 
-_PROGRAM = program.Program(PROGRAM, lambda cfg: (), _prepare, _work, _draw, free=FREE, again=False)
+_PROGRAM = program.Program(
+    PROGRAM,
+    lambda cfg: (),
+    _prepare,
+    _work,
+    _draw,
+    free=FREE,
+    again=False,
+    figures=r"phase_L\d+(_w[^_]+)?_(best|last)|transience_L\d+(_w[^_]+)?",
+)
 
 
 def main(cfg: PhaseConfig) -> int:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -67,7 +68,8 @@ class Program(NamedTuple):
 
     `status` says what to exit with, and why on stderr, once the result is printed; `free` names
     further flags on which the numbers do not depend. Without `again` a finished folder goes
-    through `work` again, which takes what is there and does what is new.
+    through `work` again, which takes what is there and does what is new; what was reported stays.
+    `figures` is a pattern of names: such figures go when those drawn now are others.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Program(NamedTuple):
     status: Callable[[Any, dict[str, Any]], int] = lambda cfg, result: 0
     free: tuple[str, ...] = ()
     again: bool = True
+    figures: str = ""
 
 
 def main(program: Program, cfg: RunConfig) -> int:
@@ -114,7 +117,8 @@ def _anew(program: Program, cfg: RunConfig, say: Callable[..., None]) -> dict[st
     workdir = cfg.workdir or str(_new_folder(program.name))
     saved = {**dataclasses.asdict(cfg), "workdir": workdir}
     with rundir.RunDir(workdir, saved, program=program.name) as folder:
-        folder.truncate(-1)
+        if program.again:
+            folder.truncate(-1)
         result, arrays = program.work(cfg, problem, folder, say)
         for name, values in arrays.items():
             folder.save_arrays(name, **values)
@@ -136,6 +140,8 @@ def _again(program: Program, cfg: RunConfig, row: dict[str, Any]) -> dict[str, A
             "gone; expected the same files, or another folder"
         )
     files = row.pop("files", [])
+    for name in files:
+        _load(cfg, name, list)  # their names alone: the result is not given without its arrays
     if cfg.figures and not (path / "figures").is_dir():
         saved = dataclasses.asdict(cfg)
         with rundir.RunDir(path, saved, program=program.name) as folder:
@@ -153,11 +159,11 @@ def _finished(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _load(cfg: RunConfig, name: str) -> dict[str, np.ndarray]:
+def _load(cfg: RunConfig, name: str, read: Callable[[Any], Any] = dict) -> Any:
     path = Path(cfg.workdir) / f"{name}.npz"
     try:
-        with np.load(path) as file:
-            return dict(file)
+        with open(path, "rb") as opened, np.load(opened) as file:
+            return read(file)
     except Exception as error:  # damaged archives raise errors of many types
         raise UsageError(
             f"--workdir={cfg.workdir}: {path.name} cannot be read ({error}); expected the file "
@@ -193,8 +199,12 @@ def _draw(
     except ModuleNotFoundError:
         say("no figures: matplotlib is missing; pip install 'deeper[figures]' brings it")
         return
-    for name, figure in program.draw(arrays).items():
+    drawn = program.draw(arrays)
+    for name, figure in drawn.items():
         folder.save_figure(name, figure)
+    for path in sorted((folder.path / "figures").glob("*.png")):
+        if path.stem not in drawn and re.fullmatch(program.figures, path.stem):
+            path.unlink()
 
 
 def cli(program: Program, cls: type, presets: flags.Presets, doc: str | None) -> NoReturn:

@@ -15,7 +15,7 @@ import pytest
 from programs import contents, fixture_for, summary
 
 from launch import flags as launch_flags
-from launch import modgrok_phase, modgrok_phase_config, modgrok_train
+from launch import modgrok_phase, modgrok_phase_config, modgrok_train, rundir
 
 assert_refused = functools.partial(programs.assert_refused, program="modgrok_phase")
 program = fixture_for(modgrok_phase, "--devices=1")
@@ -32,6 +32,11 @@ SMALL = (
 def saved(folder):
     with np.load(folder / "phase.npz") as file:
         return dict(file)
+
+
+def steps_reported(folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["step"] for row in rows]
 
 
 def assert_equal(one, other):
@@ -104,16 +109,21 @@ def test_new_rows_train_new_runs_alone(program, tmp_path, whole, monkeypatch):
 
     monkeypatch.setattr(modgrok_phase._Trainer, "train", counted)
     shutil.copytree(whole, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # torn by a kill
     flags = (*SMALL, f"--workdir={tmp_path}/run", "--nofigures")
     said = summary(program(*flags, "--num_tasks=1,2,4,8"))
     assert (said["runs_taken_over"], said["runs_trained"]) == (2, 2)
     assert trained == [[1, 2]]
+    assert steps_reported(tmp_path / "run") == [1, 2, 3, 4, 5, 6]  # twice two tests and a result
     x = saved(tmp_path / "run")
     assert x["num_tasks_G"].tolist() == [1, 2, 4, 8]
     assert_equal(
         {name: x[name][2:] for name in ("accuracy_GC4", "loss_GC")},
         {name: saved(whole)[name] for name in ("accuracy_GC4", "loss_GC")},
     )
+    summary(program(*flags, "--num_tasks=1,2,4,8"))  # finished: its result is reported once more
+    assert steps_reported(tmp_path / "run") == [1, 2, 3, 4, 5, 6, 7]
     before = contents(tmp_path / "run"), contents(whole)
     flags = (*SMALL, f"--workdir={tmp_path}/merged", "--nofigures", "--num_tasks=1,2,4,8")
     said = summary(program(*flags, f"--merge={tmp_path}/run,{whole}"))
@@ -154,13 +164,16 @@ def test_spread_over_devices(tmp_path, monkeypatch, capsys, whole):
 
 
 LONG = (*SMALL, "--steps=400", "--schedule_steps=900", "--checkpoint_every=20", "--nofigures")
+LONG = (*LONG, "--num_tasks=2,4,8")
 straight = []  # of the run that nothing stopped, once it was needed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_inside_a_chunk_it_ends_with_the_same_bits(signum, program, tmp_path):
-    """Killed once the first checkpoint is there; the other life takes it up."""
+@pytest.mark.parametrize(
+    ("signum", "chunk"), [(signal.SIGKILL, 16), (signal.SIGTERM, 2)], ids=["SIGKILL", "SIGTERM"]
+)
+def test_killed_inside_a_chunk_it_ends_with_the_same_bits(signum, chunk, program, tmp_path):
+    """Killed once the first checkpoint is there; the other life takes it up, whole or in two."""
     long = (*LONG, f"--workdir={tmp_path}/run")
     command = [sys.executable, "-m", "launch.modgrok_phase", *long]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
@@ -179,17 +192,67 @@ def test_killed_inside_a_chunk_it_ends_with_the_same_bits(signum, program, tmp_p
     assert child.returncode == (-signal.SIGKILL if signum == signal.SIGKILL else 143), err
     if signum == signal.SIGTERM:
         assert "stopped by SIGTERM at step" in err
-    said = program(*long)
+    said = program(*long, f"--chunk={chunk}")
     summary(said)
-    assert "resuming at step" in said[2]
+    assert said[2].count("resuming at step") == -(-3 // chunk)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
     if not straight:
         summary(program(*LONG, f"--workdir={tmp_path}/straight"))
         straight.append(saved(tmp_path / "straight"))
     assert_equal(saved(tmp_path / "run"), straight[0])
 
 
+def test_a_chunk_cut_off_goes_on_in_smaller_ones(program, tmp_path, whole, monkeypatch):
+    """Killed, narrowed and with a smaller --chunk, killed while saving, widened again."""
+    calls, save_arrays = [], rundir.RunDir.save_arrays
+
+    def report(self, layers, step, records, seconds):
+        calls.append((step, len(records["loss"])))
+        if step == cut_at:
+            raise KeyboardInterrupt
+
+    def save(self, name, **arrays):
+        if name == cut_file:
+            raise KeyboardInterrupt
+        save_arrays(self, name, **arrays)
+
+    monkeypatch.setattr(modgrok_phase._Trainer, "_report", report)
+    monkeypatch.setattr(rundir.RunDir, "save_arrays", save)
+    flags = (*SMALL, f"--workdir={tmp_path}/run", "--nofigures")
+    cut_at, cut_file = 4, None
+    assert program(*flags)[0] == 130
+    assert calls == [(2, 2), (4, 2)]
+    cut_at, calls = None, []
+    said = program(*flags, "--num_tasks=8", "--chunk=1")
+    assert summary(said)["runs_trained"] == 1
+    assert "resuming at step 2" in said[2]
+    cut_file = "runs/L1-n4-a0.8-w0.3-s0"
+    assert program(*flags, "--chunk=1")[0] == 130
+    assert len(list((tmp_path / "run" / "checkpoints").glob("*/latest"))) == 1
+    cut_file = None
+    summary(program(*flags, "--chunk=1"))
+    assert calls == [(4, 1)] * 3  # from step 2 each time
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    for name, x in saved(tmp_path / "run").items():
+        if x.dtype.kind == "f":  # a program of one run is fused in other ways than one of two
+            np.testing.assert_allclose(x, saved(whole)[name], atol=1e-6)
+
+
+def test_old_figures_go_when_others_are_drawn(program, tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    arrays = saved(whole)
+    two_decays = {**arrays, "weight_decay_G": np.array([0.3, 1e-5])}
+    drawn = modgrok_phase._draw({"phase": arrays}), modgrok_phase._draw({"phase": two_decays})
+    figures = tmp_path / "run" / "figures"
+    for name in (*drawn[1], "phase_L12_best", "transience_L12", "mine", "phase_L1_best_mine"):
+        (figures / f"{name}.png").touch()
+    summary(program(*SMALL, f"--workdir={tmp_path}/run"))
+    left = {path.stem for path in figures.iterdir()}
+    assert left == {*drawn[0], "mine", "phase_L1_best_mine"}
+
+
 def test_interrupted_and_with_damaged_checkpoints(program, tmp_path, whole, monkeypatch):
-    """Cut off after its first checkpoint: goes on from it, or from the start if it is damaged."""
+    """Cut off after its first checkpoint: goes on from it, from another one, or from the start."""
     calls = []
 
     def stop(self, layers, step, *args):
@@ -198,12 +261,14 @@ def test_interrupted_and_with_damaged_checkpoints(program, tmp_path, whole, monk
             raise KeyboardInterrupt
 
     monkeypatch.setattr(modgrok_phase._Trainer, "_report", stop)
-    for damaged in (False, True):
-        folder = tmp_path / f"run{damaged}"
+    for damaged, spare in ((False, False), (True, False), (True, True)):
+        folder = tmp_path / f"run{damaged}{spare}"
         flags = (*SMALL, f"--workdir={folder}", "--nofigures")
         cut, calls = True, []
         assert program(*flags)[0] == 130
         (checkpoint,) = (folder / "checkpoints").glob("*/latest/*-step-2")
+        if spare:
+            shutil.copytree(checkpoint.parents[1], folder / "checkpoints" / "spare")
         if damaged:
             for path in checkpoint.rglob("*"):
                 if path.is_file():
@@ -211,8 +276,9 @@ def test_interrupted_and_with_damaged_checkpoints(program, tmp_path, whole, monk
         cut, calls = False, []
         answer = program(*flags)
         summary(answer)
-        assert calls == ([2, 4] if damaged else [4])
+        assert calls == ([2, 4] if damaged and not spare else [4])
         assert ("begin again" in answer[2]) == damaged
+        assert not list((folder / "checkpoints").iterdir())
         assert_equal(saved(folder), saved(whole))
 
 
@@ -246,15 +312,39 @@ def test_other_settings_are_not_merged(program, tmp_path, whole):
 
 def test_groups_begin_with_what_was_begun(tmp_path):
     cells = [modgrok_phase_config.Cell(2, n, 0.8, 0.3, 0) for n in (4, 6, 8, 12, 16)]
-    note = tmp_path / "checkpoints" / "L2-x"
-    note.mkdir(parents=True)
-    (note / "runs.json").write_text(json.dumps(cells[2:4]))
-    groups = list(modgrok_phase._groups(tmp_path, cells, 2))
-    assert groups == [(cells[2:4], 2), (cells[:2], 2), (cells[4:], 2)]
-    # Runs that are not wanted any more, or lists that cannot be read, do not count.
-    assert len(list(modgrok_phase._groups(tmp_path, cells[:3], 8))) == 1
-    (note / "runs.json").write_text("{")
-    assert list(modgrok_phase._groups(tmp_path, cells, 8)) == [(cells, 5)]
+
+    def groups(missing, chunk):
+        found = modgrok_phase._groups(tmp_path, missing, chunk)
+        return [(group, slots, begun and begun.path.name) for group, slots, begun in found]
+
+    def begin(name, some, checkpoint):
+        folder = tmp_path / "checkpoints" / name
+        (folder / "latest" / checkpoint).mkdir(parents=True)
+        (folder / "runs.json").write_text(json.dumps(some))
+
+    # A chunk without a whole checkpoint, or one for other runs, does not count.
+    begin("L2-a", cells, "000001-step-90.orbax-checkpoint-tmp")
+    begin("L2-b", [cells[0]._replace(layers=4)], "000001-step-90")
+    assert groups(cells, 8) == [(cells, 5, None)]
+    begin("L2-c", cells[2:4], "000003-step-20")
+    rest = [(cells[:2], 2, None), (cells[4:], 2, None)]
+    assert groups(cells, 2) == [(cells[2:4], 2, "L2-c"), *rest]
+    # No more than asked for together, and what is missing of it.
+    assert groups(cells, 1)[:2] == [(cells[2:3], 1, "L2-c"), (cells[3:4], 1, "L2-c")]
+    assert groups(cells[:3], 8) == [(cells[2:3], 1, "L2-c"), (cells[:2], 2, None)]
+    # Each run from where it got furthest.
+    begin("L2-d", cells[4:1:-1], "000002-step-100")
+    assert groups(cells, 2) == [
+        (cells[4:2:-1], 2, "L2-d"),
+        (cells[2:3], 2, "L2-d"),
+        (cells[:2], 2, None),
+    ]
+    begin("L2-e", cells[3:4], "000002-step-120")
+    assert groups(cells, 2)[:2] == [(cells[3:4], 1, "L2-e"), ([cells[4], cells[2]], 2, "L2-d")]
+    # A list that cannot be read does not count.
+    for note in (tmp_path / "checkpoints").glob("*/runs.json"):
+        note.write_text("{")
+    assert groups(cells, 8) == [(cells, 5, None)]
 
 
 def test_the_presets_are_sound():

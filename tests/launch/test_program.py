@@ -1,0 +1,73 @@
+"""What every program that ends does with the folder of an earlier run, in one that only counts."""
+
+import json
+
+import numpy as np
+import pytest
+from programs import contents, summary
+
+from launch import UsageError, program
+
+
+def work(cfg, problem, folder, say):
+    before = [row["step"] for row in folder.history()]
+    folder.scalars(1 + max(before, default=0), {"before": len(before)})
+    return {"before": len(before)}, {"counted": {"x_N": np.arange(1000)}}
+
+
+def draw(arrays):
+    return {"map_2": program.new_axes("", "x", "y")[0]}
+
+
+PROGRAM = program.Program("count", lambda cfg: (), lambda cfg, say: None, work, draw)
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """run(program, **settings) -> its summary."""
+
+    def call(which, **settings):
+        cfg = program.RunConfig(workdir=f"{tmp_path}/run", compilation_cache="", **settings)
+        return summary((program.main(which, cfg), *capsys.readouterr()))
+
+    return call
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_reports_of_a_run_that_is_taken_up(again, run, tmp_path):
+    """Kept without `again`; else the folder of a run that did not end starts over."""
+    counting = PROGRAM._replace(again=again)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    run(counting, figures=False)
+    metrics.write_text(metrics.read_text().splitlines()[0] + '\n{"st')  # killed at its last line
+    assert run(counting, figures=False)["before"] == (0 if again else 1)
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == ([1, 2] if again else [1, 2, 3])
+
+
+def test_old_figures_go_when_new_ones_are_drawn(run, tmp_path):
+    run(PROGRAM)
+    figures = tmp_path / "run" / "figures"
+    names = {"map_1", "map_2", "map_2_mine"}
+    for name in names:
+        (figures / f"{name}.png").touch()
+    named = PROGRAM._replace(again=False, figures=r"map_\d+")
+    for settings, gone in (({"figures": False}, set()), ({}, {"map_1"})):
+        run(named, **settings)
+        assert {path.stem for path in figures.iterdir()} == names - gone
+
+
+@pytest.mark.parametrize("figures", [True, False])
+@pytest.mark.parametrize("damage", ["torn", "gone"])
+def test_a_finished_run_without_its_arrays_is_refused(damage, figures, run, tmp_path):
+    run(PROGRAM)
+    assert run(PROGRAM)["before"] == 0
+    path = tmp_path / "run" / "counted.npz"
+    if damage == "torn":
+        path.write_bytes(path.read_bytes()[:-50])
+    else:
+        path.unlink()
+    before = contents(tmp_path / "run")
+    with pytest.raises(UsageError, match=r"run: counted.npz cannot be read .*; expected the file"):
+        run(PROGRAM, figures=figures)
+    assert contents(tmp_path / "run") == before
