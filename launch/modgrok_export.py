@@ -106,7 +106,11 @@ def _select(cfg: ExportConfig, run: modgrok_config.TrainConfig) -> _Selected:
         like = modgrok_config.abstract_state(run, model, tx, latent)
         restored = checkpoints.restore(like, which=cfg.which)
     if restored is None:
-        raise UsageError(f"--workdir={cfg.workdir}: holds no {cfg.which} checkpoint yet")
+        other = ", or --which=latest" if cfg.which == "best" else ""
+        raise UsageError(
+            f"--workdir={cfg.workdir}: holds no {cfg.which} checkpoint yet; expected a run that "
+            f"has saved one{other}"
+        )
     state, key = restored.state
     about = (restored.step, restored.meta)
     if latent is None:

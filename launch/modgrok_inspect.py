@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,6 +132,7 @@ def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
     import jax
 
     from launch import modgrok_instruments as instruments
+    from modgrok import latent_depth
 
     if not all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(params)):
         raise UsageError(
@@ -146,20 +147,21 @@ def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
         raise UsageError(
             f"--checkpoint={cfg.checkpoint}: its model has shots={run.shots}; expected 3 or more"
         )
-    head = _parse_head(cfg.head)
-    if head and not (head[0] < model.layers and head[1] < model.heads):
+    gate_L, posterior = _latent_depth(params)
+    layers = list(range(model.layers)) if gate_L is None else np.flatnonzero(gate_L).tolist()
+    if not layers:
         raise UsageError(
-            f"--head={cfg.head}: expected 0.0 to {model.layers - 1}.{model.heads - 1}, the layers "
-            "and heads of this model"
+            f"--checkpoint={cfg.checkpoint}: every gate is closed in its {cfg.which} checkpoint, "
+            "for a task in no group; expected a network with an open block"
         )
+    if cfg.head:
+        _check_heads(f"--head={cfg.head}: expected", [cfg.head], layers, model)
+    together = tuple(group.split("+") for group in cfg.together)
+    flag = f"--together={','.join(cfg.together)}: expected heads"
+    _check_heads(flag, [name for group in together for name in group], layers, model)
     together = tuple(
-        tuple(_parse_head(name) for name in group.split("+")) for group in cfg.together
+        tuple((layers.index(i), j) for i, j in map(_parse_head, group)) for group in together
     )
-    if any(i >= model.layers or j >= model.heads for group in together for i, j in group):
-        raise UsageError(
-            f"--together={','.join(cfg.together)}: expected heads 0.0 to {model.layers - 1}."
-            f"{model.heads - 1}, the layers and heads of this model"
-        )
     middle = (run.shots - 1) // 2
     shot = middle if cfg.feature_shot is None else cfg.feature_shot
     if shot > run.shots - 2:
@@ -167,10 +169,38 @@ def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
             f"--feature_shot={shot}: expected 0 to {run.shots - 2}, a shot with another after it"
         )
     tasks, inputs = modgrok_config.prepare_data(run)
-    gate, posterior = _latent_depth(params)
+    open_layers = None
+    if gate_L is not None:
+        open_layers = tuple(layers)
+        # Closed blocks are the identity: heads and neurons of theirs are no part of the network.
+        params = latent_depth.prune(params, gate_L)
+        model = latent_depth.pruned_config(model, gate_L)
+        source += (
+            " Open by its gates, rounded as for a task in no group: blocks "
+            f"{', '.join(map(str, layers))}; closed ones are left out."
+        )
     return instruments.Problem(
-        params, model, gate, posterior, tasks, inputs, run.p, run.shots, shot, together, source
+        params,
+        model,
+        open_layers,
+        posterior,
+        tasks,
+        inputs,
+        run.p,
+        run.shots,
+        shot,
+        together,
+        source,
     )
+
+
+def _check_heads(flag: str, names: Sequence[str], layers: list[int], model: Any) -> None:
+    """UsageError if these are no heads of open blocks."""
+    known = f"0.0 to {model.layers - 1}.{model.heads - 1}, the layers and heads of this model"
+    if len(layers) < model.layers:
+        known += f", in its open blocks {', '.join(map(str, layers))}"
+    if any(i not in layers or j >= model.heads for i, j in map(_parse_head, names)):
+        raise UsageError(f"{flag} {known}")
 
 
 def _from_run(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
@@ -201,9 +231,10 @@ def _from_run(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
     except UsageError as error:
         raise UsageError(f"--checkpoint={cfg.checkpoint}: {error}") from error
     if restored is None:
+        other = ", or --which=latest" if cfg.which == "best" else ""
         raise UsageError(
             f"--checkpoint={cfg.checkpoint}: holds no {cfg.which} checkpoint yet; expected a run "
-            "that has saved one"
+            f"that has saved one{other}"
         )
     state = restored.state[0]
     averaged = "averaged weights" if state.ema is not None else "weights"
@@ -226,9 +257,12 @@ def _from_file(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
     allowed = (0, _REFERENCE_EXTRA) if cfg.extra_tokens is None else (cfg.extra_tokens,)
     if extra not in allowed:
         moduli = " or ".join(str(model.vocab - x) for x in allowed if model.vocab > x)
+        ways = [f"--p={moduli}"] if moduli else []
+        if extra >= 0:
+            ways.append(f"--extra_tokens={extra} if the rest of them are unused")
         raise UsageError(
             f"--p={cfg.p}: the model of {cfg.checkpoint} has {model.vocab} tokens; expected "
-            f"--p={moduli}, or --extra_tokens={max(extra, 0)} if the rest of them are unused"
+            f"{', or '.join(ways) or 'fewer --extra_tokens'}"
         )
     given = {name: getattr(cfg, name) for name in OF_THE_RUN if getattr(cfg, name) is not None}
     run = modgrok_config.TrainConfig(
@@ -286,6 +320,7 @@ def _work(
     own = arrays["network"]
     circle_LH = own["circle_log_RLHC"][..., :2].mean((0, -1))
     best = np.unravel_index(circle_LH.argmax(), circle_LH.shape)
+    best = (scoring.layer_numbers(own)[best[0]], best[1])
     own["drawn_head"] = np.array(_parse_head(cfg.head) or best)
     if problem.posterior is not None:
         for name, value in problem.posterior._asdict().items():

@@ -1,12 +1,13 @@
 """The figures of modgrok_inspect, from its arrays alone."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from launch.modgrok_inspect_page import FITS, TITLES
-from launch.modgrok_inspect_scores import Arrays, changes, patching
+from launch.modgrok_inspect_scores import Arrays, changes, head_names, layer_numbers, patching
 from launch.modgrok_instruments import UNSEEN, match_of
 from modgrok import interpret_figures, interventions, latent_figures
 
@@ -22,8 +23,10 @@ def draw(all_arrays: Mapping[str, Arrays]) -> dict[str, Any]:
         "known to RM": own["grid_ratio_KCpp"][:, 0],
         "known to regression": own["grid_regression_KCpp"][:, 0],
     }
+    layer_L = layer_numbers(own)
     layer, head = own["drawn_head"]
-    fit = {kind: own[f"circle_{kind}_RLHC"][0, layer, head, :2].mean() for kind in FITS}
+    at = layer_L.index(layer)
+    fit = {kind: own[f"circle_{kind}_RLHC"][0, at, head, :2].mean() for kind in FITS}
     null = {kind: np.quantile(own[f"embedding_{kind}_null_Z"], 0.95) for kind in FITS}
     figures = {
         "grids": make.shot_grids(grid, shot_K),
@@ -55,16 +58,16 @@ def draw(all_arrays: Mapping[str, Arrays]) -> dict[str, Any]:
         ),
         "offsets": make.attention_by_offset(own["attention_offset_LH3T"]),
         "circle": make.circle_of_circles(
-            own["component_LHN2"][layer, head],
+            own["component_LHN2"][at, head],
             modulus=modulus,
             title=f"head {layer}.{head}: R² {fit['log']:.2f} log, {fit['additive']:.2f} additive "
             "(first repetition)",
         ),
         "similarity": make.similarity_maps(
             {
-                f"after block {i}, at {place}": own[f"similarity_{place}_LNN"][i]
+                f"after block {number}, at {place}": own[f"similarity_{place}_LNN"][i]
                 for place in "yz"
-                for i in range(len(own["similarity_y_LNN"]))
+                for i, number in enumerate(layer_L)
             }
         ),
         "spectrum": make.token_spectrum(
@@ -86,11 +89,27 @@ def draw(all_arrays: Mapping[str, Arrays]) -> dict[str, Any]:
         figures |= _intervention_figures(own)
     if "posterior_inclusion_GL" in own:
         figures["posterior"] = latent_figures.posterior_map(own["posterior_inclusion_GL"])
+        _renumber(figures, layer_L, own["attention_LHTT"].shape[1])
     return figures
+
+
+def _renumber(figures: Mapping[str, Any], layer_L: Sequence[int], heads: int) -> None:
+    """Blocks are drawn as 0, 1, ...: those of a network with gates have numbers of their own."""
+    for name in ("attention", "offsets", "neurons"):
+        for axes in figures[name].axes:
+            text = axes.get_title()
+            axes.title.set_text(re.sub(r"(?<=layer )\d+", lambda m: str(layer_L[int(m[0])]), text))
+    rows = [axes for axes in figures["heads"].axes if axes.get_title()]
+    rows += figures["patching"].axes[:1] if "patching" in figures else []
+    for axes in rows:
+        axes.set_yticks(range(len(layer_L)), layer_L)
+    names = head_names(layer_L, heads)
+    figures["ablation"].axes[0].set_xticks(range(len(names)), names)
 
 
 def _intervention_figures(own: Arrays) -> dict[str, Any]:
     make = interpret_figures
+    layer_L = layer_numbers(own)
     layers, heads = own["attention_LHTT"].shape[:2]
     shots = own["accuracy_R4S"].shape[-1]
     single = slice(layers * heads)  # the rest are groups
@@ -99,9 +118,11 @@ def _intervention_figures(own: Arrays) -> dict[str, Any]:
         for kind in interventions.KINDS
     }
     accuracy_GS = own["head_mean_accuracy_R4GS"][:, UNSEEN].mean(0)
-    groups = ["+".join(f"{i}.{j}" for i, j in np.argwhere(mask)) for mask in own["together_GLH"]]
-    silenced = [*(f"{i}.{j}" for i, j in np.ndindex(layers, heads)), *groups]
-    names = ["untouched", *(f"without {name}" for name in silenced)]
+    heads_alone = list(head_names(layer_L, heads))
+    groups = [
+        "+".join(f"{layer_L[i]}.{j}" for i, j in np.argwhere(mask)) for mask in own["together_GLH"]
+    ]
+    names = ["untouched", *(f"without {name}" for name in (*heads_alone, *groups))]
     effect_R = own["patched_clean_R"] - own["patched_corrupt_R"]
     gained_LT = (own["patched_residual_RLT"] - own["patched_corrupt_R"][:, None, None]).mean(0)
     figures = {
@@ -113,7 +134,7 @@ def _intervention_figures(own: Arrays) -> dict[str, Any]:
         ),
         "lens": make.curves(
             {
-                "embedding" if i == 0 else f"after block {i - 1}": row
+                "embedding" if i == 0 else f"after block {layer_L[i - 1]}": row
                 for i, row in enumerate(own["lens_accuracy_RLS"].mean(0))
             },
             xlabel="examples (unseen tasks, train inputs)",

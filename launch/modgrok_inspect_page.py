@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from launch.modgrok_inspect_scores import ATTENTION, headline
+from launch.modgrok_inspect_scores import ATTENTION, head_names, headline
 from launch.modgrok_instruments import match_of
 from modgrok import interventions
 
@@ -154,7 +154,8 @@ def _behaviour_page(all_scores: Mapping[str, dict[str, Any]], about: About) -> l
 def _inside_page(own: dict[str, Any], about: About) -> list[str]:
     attention, features, neurons = own["attention"], own["head_features"], own["neurons"]
     embedding, ratio = own["embedding"], own["ratio_similarity"]
-    names = _head_names(np.shape(attention["previous"]["mean"]))
+    layer_L = _layers(own)
+    names = head_names(layer_L, np.shape(attention["previous"]["mean"])[1])
     lines = [
         [
             name,
@@ -174,18 +175,18 @@ def _inside_page(own: dict[str, Any], about: About) -> list[str]:
     baseline = ["uniform", *(_n(attention[score]["uniform"]) for score in ATTENTION), *[""] * 6]
     streams = [
         [
-            f"stream after block {i}",
+            f"stream after block {layer}",
             *[""] * 9,
             *(
                 f"{_n(ratio[place]['mean'][i][-1])} (p = {_n(ratio[place]['p_value'][i][-1])})"
                 for place in "yz"
             ),
         ]
-        for i in range(len(neurons["live"]))
+        for i, layer in enumerate(layer_L)
     ]
     layers = [
         [
-            str(i),
+            str(layer),
             _n(neurons["live"][i]),
             *(
                 _n(neurons[kind][part][i])
@@ -194,7 +195,7 @@ def _inside_page(own: dict[str, Any], about: About) -> list[str]:
             ),
             *("(" + ", ".join(map(str, neurons[k]["best_mode"][i])) + ")" for k in FITS),
         ]
-        for i in range(len(neurons["live"]))
+        for i, layer in enumerate(layer_L)
     ]
     basis = [
         [
@@ -290,11 +291,11 @@ def _interventions_page(own: dict[str, Any], about: About) -> list[str]:
         share_LT = np.array(patching["share_residual"], float)
         at = 3 * match_of(about.shots) + 2
         stream = [
-            [str(layer), _n(share_LT[layer, at]), _n(share_LT[layer, -1])]
-            for layer in range(len(share_LT))
+            [str(layer), _n(share_T[at]), _n(share_T[-1])]
+            for layer, share_T in zip(_layers(own), share_LT, strict=True)
         ]
         share_LH = np.array(patching["share_head"], float)
-        names = _head_names(share_LH.shape)
+        names = head_names(_layers(own), share_LH.shape[1])
         patched = [
             "Put back into the corrupt run, the clean stream at the z of that example, or at the "
             "last position, recovers this share of it:",
@@ -359,8 +360,8 @@ def _depth_page(own: dict[str, Any], about: About) -> list[str]:
     ]
 
 
-def _head_names(shape: tuple[int, ...]) -> dict[str, tuple[int, int]]:
-    return {f"{i}.{j}": (i, j) for i, j in np.ndindex(*shape)}
+def _layers(own: Mapping[str, Any]) -> Sequence[int]:
+    return own.get("open_layers", range(len(own["neurons"]["live"])))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -16,6 +16,18 @@ Arrays = Mapping[str, np.ndarray]
 ATTENTION = ("previous", "own_x", "first", "ratio", "ratio_choice")
 
 
+def layer_numbers(arrays: Arrays) -> Sequence[int]:
+    """What its blocks are called: of a network with gates, its open ones keep their numbers."""
+    if "open_layer_L" in arrays:
+        return arrays["open_layer_L"].tolist()
+    return range(len(arrays["attention_LHTT"]))
+
+
+def head_names(layer_L: Sequence[int], heads: int) -> dict[str, tuple[int, int]]:
+    """layer.head, and where it is in arrays."""
+    return {f"{layer}.{j}": (i, j) for i, layer in enumerate(layer_L) for j in range(heads)}
+
+
 def scores(arrays: Arrays) -> dict[str, Any]:
     """Every score of one subject, nested; from the arrays alone."""
     result = {
@@ -49,6 +61,8 @@ def scores(arrays: Arrays) -> dict[str, Any]:
             "accuracy_by_layer": arrays["lens_accuracy_RLS"][..., -1].mean(0),
             "loss_by_layer": arrays["lens_loss_RLS"][..., -1].mean(0),
         }
+    if "open_layer_L" in arrays:
+        result["open_layers"] = arrays["open_layer_L"]
     if "posterior_inclusion_GL" in arrays:
         prefix = "posterior_"
         result["latent_depth"] = {
@@ -79,13 +93,13 @@ def _spread(value_R: np.ndarray) -> list[float]:
     return list(interventions.interval(value_R))
 
 
-def _spreads(value_RLX: np.ndarray) -> dict[str, Any]:
+def _spreads(value_RLX: np.ndarray, layer_L: Sequence[int]) -> dict[str, Any]:
     """Of each head, and which is the best."""
     mean, low, high = interventions.interval(value_RLX)
     if np.isnan(mean).all():
         return {"mean": mean, "low": low, "high": high, "best": None, "best_head": None}
     at = np.unravel_index(np.nanargmax(mean), mean.shape)
-    best = {"best": [mean[at], low[at], high[at]], "best_head": ".".join(map(str, at))}
+    best = {"best": [mean[at], low[at], high[at]], "best_head": f"{layer_L[at[0]]}.{at[1]}"}
     return {"mean": mean, "low": low, "high": high, **best}
 
 
@@ -122,7 +136,7 @@ def _attention(arrays: Arrays) -> dict[str, Any]:
     return {
         name: {
             "uniform": _mean(arrays[f"attention_{name}_uniform_R"]),
-            **_spreads(arrays[f"attention_{name}_RLH"]),
+            **_spreads(arrays[f"attention_{name}_RLH"], layer_numbers(arrays)),
         }
         for name in ATTENTION
     }
@@ -132,7 +146,7 @@ def _head_features(arrays: Arrays) -> dict[str, Any]:
     """Circle of circles: R^2 of the first two components, beside 95 % of shuffled tokens."""
     result: dict[str, Any] = {"explained": arrays["explained_RLHC"].mean(0)}
     for kind in ("log", "additive"):
-        fit = _spreads(arrays[f"circle_{kind}_RLHC"][..., :2].mean(-1))
+        fit = _spreads(arrays[f"circle_{kind}_RLHC"][..., :2].mean(-1), layer_numbers(arrays))
         null_ZLH = arrays[f"circle_{kind}_null_ZLHC"][..., :2].mean(-1)
         fit["shuffled_95"] = np.quantile(null_ZLH, 0.95, axis=0)
         first_LH = arrays[f"circle_{kind}_RLHC"][0, ..., :2].mean(-1)
@@ -193,7 +207,7 @@ def _neurons(arrays: Arrays) -> dict[str, Any]:
 
 def _ratio(arrays: Arrays, place: str) -> dict[str, Any]:
     within, between = (arrays[f"ratio_{x}_{place}_RLX"] for x in ("within", "between"))
-    result = _spreads(within - between)
+    result = _spreads(within - between, layer_numbers(arrays))
     null_RZLX = arrays[f"ratio_null_{place}_RZLX"]
     result["p_value"] = _p_values((within - between)[0], null_RZLX[0])
     result["shuffled_95"] = np.quantile(null_RZLX[0], 0.95, axis=0)
@@ -203,10 +217,10 @@ def _ratio(arrays: Arrays, place: str) -> dict[str, Any]:
 def _ablation(arrays: Arrays) -> dict[str, Any]:
     """Changes at the last shot: accuracy on the four sets, loss on unseen tasks, train inputs."""
     result: dict[str, Any] = {"heads": {}, "heads_together": {}, "neuron_groups": {}}
-    layers, heads = arrays["attention_LHTT"].shape[:2]
-    names = [f"{layer}.{head}" for layer, head in np.ndindex(layers, heads)]
+    layer_L = layer_numbers(arrays)
+    names = list(head_names(layer_L, arrays["attention_LHTT"].shape[1]))
     together = ["+".join(np.array(names)[mask.ravel()]) for mask in arrays["together_GLH"]]
-    groups = [f"{layer}.{group}" for layer in range(layers) for group in GROUPS]
+    groups = [f"{layer}.{group}" for layer in layer_L for group in GROUPS]
     for kind in interventions.KINDS:
         change_R4G, loss_R4G = (
             changes(arrays, f"head_{kind}_{x}_R4GS") for x in ("accuracy", "loss")
@@ -231,8 +245,9 @@ def _ablation(arrays: Arrays) -> dict[str, Any]:
             for at, name in enumerate(groups)
         }
     loss_RG = changes(arrays, "hidden_mean_loss_RGS")[:, len(groups) :]
+    singles = [f"{layer_L[layer]}.{neuron}" for layer, neuron in arrays["single_G2"]]
     result["single_neurons"] = [
-        {"neuron": ".".join(map(str, arrays["single_G2"][i])), "loss": _spread(loss_RG[:, i])}
+        {"neuron": singles[i], "loss": _spread(loss_RG[:, i])}
         for i in np.argsort(-loss_RG.mean(0))[:10]
     ]
     return result

@@ -43,9 +43,9 @@ SIZES = {
 class Problem(NamedTuple):
     """A network, and the tasks and inputs that it was trained on and tested with."""
 
-    params: Any
+    params: Any  # of open blocks alone
     model: modgrok.Config
-    gate: jax.Array | None
+    open_layers: tuple[int, ...] | None  # numbers of these in the trained network; None: no gates
     posterior: Any  # of latent depth; None without
     tasks: modgrok.TaskSplit
     inputs: modgrok.InputSplit
@@ -71,8 +71,12 @@ class Look(NamedTuple):
         return max(1, self.rows // self.size.sequences)
 
     @property
-    def sharding(self) -> jax.sharding.Sharding | None:
+    def sharding(self) -> jax.sharding.NamedSharding | None:
         return parallel.rows(self.mesh) if self.mesh.size > 1 else None
+
+    def everywhere(self, tree: Any) -> Any:
+        """`tree` on every device that takes part."""
+        return tree if self.sharding is None else parallel.replicate(tree, self.mesh)
 
     def shots(self) -> np.ndarray:
         """Numbers of examples for the grids: 0, 1, 2, 3, 5, 8, 13, 31 and the most there can be."""
@@ -81,14 +85,15 @@ class Look(NamedTuple):
 
 
 def subject(name: str, look: Look) -> tuple[interpret.Subject, tuple[Any, ...] | None]:
-    """The network, or a control by its name, and (params, model, gate) if it is a network."""
+    """The network, or a control by its name, and (params, model) if it is a network."""
     problem = look.problem
     if name in ("ratio_matching", "bayes"):
         return getattr(controls, name)(problem.modulus), None
-    params, gate = problem.params, problem.gate
+    params = problem.params
     if name == "random":
         params = modgrok.init_params(jax.random.fold_in(look.key, 99), problem.model)
-    return interpret.network(params, problem.model, gate), (params, problem.model, gate)
+    params = look.everywhere(params)
+    return interpret.network(params, problem.model), (params, problem.model)
 
 
 def measure(name: str, look: Look) -> Arrays:
@@ -102,6 +107,8 @@ def measure(name: str, look: Look) -> Arrays:
     if inside is not None:
         look.say(f"{name}: interventions")
         arrays |= _interventions(inside, look, tokens_R4BT, arrays)
+        if look.problem.open_layers is not None:
+            arrays["open_layer_L"] = np.array(look.problem.open_layers)
     return {key: np.asarray(value) for key, value in arrays.items()}
 
 
@@ -130,32 +137,35 @@ def _tokens(look: Look) -> tuple[jax.Array, jax.Array]:
         [draw(k, *pair) for k, pair in zip(jax.random.split(key, 4), sets, strict=True)]
         for key in _keys(look, 0)
     ]
-    return tuple(jnp.stack([jnp.stack([x[i] for x in four]) for four in drawn]) for i in range(2))
+    stacked = (jnp.stack([jnp.stack([x[i] for x in four]) for four in drawn]) for i in range(2))
+    return look.everywhere(tuple(stacked))
 
 
 def _keys(look: Look, purpose: int) -> list[jax.Array]:
     return list(jax.random.split(jax.random.fold_in(look.key, purpose), look.size.repetitions))
 
 
-@jax.jit
-def _accuracy(what, tokens_BT):
-    scores_BSV = what.predict(tokens_BT)
+@functools.partial(jax.jit, static_argnames="sharding")
+def _accuracy(what, tokens_BT, sharding):
+    scores_BSV = what.predict(interventions.spread(tokens_BT, sharding))
     return modgrok.oracles.expected_accuracy(scores_BSV, sequences.answers(tokens_BT)).mean(0)
 
 
-@jax.jit
-def _followed(what, prompts):
+@functools.partial(jax.jit, static_argnames="sharding")
+def _followed(what, prompts, sharding):
     """Share of the answers that the example on the query's line asks for, clean and corrupt."""
     pairs = ((prompts.clean_BT, prompts.clean_B), (prompts.corrupt_BT, prompts.corrupt_B))
-    return [
-        modgrok.oracles.expected_accuracy(what.predict(tokens_BT)[:, -1:], z_B[:, None]).mean()
-        for tokens_BT, z_B in pairs
-    ]
+
+    def share(tokens_BT, z_B):
+        scores_BSV = what.predict(interventions.spread(tokens_BT, sharding))
+        return modgrok.oracles.expected_accuracy(scores_BSV[:, -1:], z_B[:, None]).mean()
+
+    return [share(*pair) for pair in pairs]
 
 
 def _prompts(look: Look) -> list[interventions.Prompts]:
     problem = look.problem
-    return [
+    prompts_R = [
         interventions.matched_prompts(
             key,
             problem.tasks.unseen_U2,
@@ -167,6 +177,7 @@ def _prompts(look: Look) -> list[interventions.Prompts]:
         )
         for key in _keys(look, 1)
     ]
+    return look.everywhere(prompts_R)
 
 
 def match_of(shots: int) -> int:
@@ -177,8 +188,11 @@ def match_of(shots: int) -> int:
 def _behaviour(what: interpret.Subject, look: Look, tokens_R4BT: jax.Array) -> Arrays:
     problem, size = look.problem, look.size
     modulus, last = problem.modulus, problem.shots - 1
-    accuracy_R4S = [[_accuracy(what, tokens_BT) for tokens_BT in four] for four in tokens_R4BT]
-    followed = [_followed(what, prompts) for prompts in _prompts(look)]
+    common = {"modulus": modulus, "row_sharding": look.sharding}
+    accuracy = _waiting(functools.partial(_accuracy, what, sharding=look.sharding))
+    accuracy_R4S = [[accuracy(tokens_BT) for tokens_BT in four] for four in tokens_R4BT]
+    follow = _waiting(functools.partial(_followed, what, sharding=look.sharding))
+    followed = [follow(prompts) for prompts in _prompts(look)]
 
     key, which = jax.random.split(jax.random.fold_in(look.key, 2))
     task_C2 = jnp.asarray(problem.tasks.unseen_U2)
@@ -193,18 +207,17 @@ def _behaviour(what: interpret.Subject, look: Look, tokens_R4BT: jax.Array) -> A
         paired=False,
     )
     shot_K = look.shots()
-    seen = grids.shot_grids(
-        what.predict, context_CT, task_C2, shot_K, modulus=modulus, rows=look.rows
-    )
-    corrupt = functools.partial(
-        interventions.label_corruption, what.predict, modulus=modulus, row_sharding=look.sharding
-    )
+    ask = _waiting(functools.partial(grids.shot_grids, what.predict, rows=look.rows, **common))
+    seen = ask(context_CT, task_C2, shot_K)
+    corrupt = functools.partial(interventions.label_corruption, what.predict, **common)
     corrupt = _waiting(corrupt)
     unseen_RBT = tokens_R4BT[:, UNSEEN]
     maps = [corrupt(tokens, key) for tokens, key in zip(unseen_RBT, _keys(look, 3), strict=True)]
     count_N2 = np.array([(last, j) for j in range(last + 1)])
+    several = functools.partial(interventions.corrupt_several, what.predict, **common)
+    several = _waiting(several)
     several_RN = [
-        interventions.corrupt_several(what.predict, tokens_BT, key, count_N2, modulus=modulus)
+        several(tokens_BT, key, count_N2)
         for tokens_BT, key in zip(unseen_RBT, _keys(look, 4), strict=True)
     ]
     return {
@@ -223,8 +236,9 @@ def _behaviour(what: interpret.Subject, look: Look, tokens_R4BT: jax.Array) -> A
     }
 
 
-@functools.partial(jax.jit, static_argnames="modulus")
-def _attention_scores(what, tokens_BT, modulus):
+@functools.partial(jax.jit, static_argnames=("modulus", "sharding"))
+def _attention_scores(what, tokens_BT, *, modulus, sharding):
+    tokens_BT = interventions.spread(tokens_BT, sharding)
     seen = what.capture(tokens_BT)
     weight_LBHTT = seen.attention_LBHTT
     uniform = interpret.uniform_attention(tokens_BT.shape[0], weight_LBHTT.shape[-1])
@@ -236,7 +250,9 @@ def _attention_scores(what, tokens_BT, modulus):
 
 
 def _attention(what: interpret.Subject, look: Look, tokens_RBT: jax.Array) -> Arrays:
-    results = [_attention_scores(what, tokens, look.problem.modulus) for tokens in tokens_RBT]
+    options = {"modulus": look.problem.modulus, "sharding": look.sharding}
+    score = _waiting(functools.partial(_attention_scores, what, **options))
+    results = [score(tokens_BT) for tokens_BT in tokens_RBT]
     arrays = {"attention_LHTT": results[0][2]}
     for name in interpret.AttentionScores._fields:
         short = name.rpartition("_")[0]
@@ -256,7 +272,8 @@ def _features(
     """Features of all inputs at one shot; shuffles and large arrays: the first repetition's."""
     problem, num = look.problem, look.size.shuffles
     static = {"p": problem.modulus, "num": num}
-    one = functools.partial(_one_context, what, shot=problem.feature_shot, rows=look.rows, **static)
+    options = {"shot": problem.feature_shot, "rows": look.rows, "sharding": look.sharding, **static}
+    one = _waiting(functools.partial(_one_context, what, **options))
     keys = _keys(look, 5)
     numbers, large = [], []
     for context_T, task_2, key in zip(context_RT, task_R2, keys, strict=True):
@@ -280,11 +297,11 @@ def _features(
     }
 
 
-@functools.partial(jax.jit, static_argnames=("shot", "rows", "p", "num"))
-def _one_context(what, context_T, task_2, key, *, shot, rows, p, num):
+@functools.partial(jax.jit, static_argnames=("shot", "rows", "sharding", "p", "num"))
+def _one_context(what, context_T, task_2, key, *, shot, rows, sharding, p, num):
     """(numbers of one repetition, what is kept of the first)."""
     grid_NT = interpret.input_grid(context_T, task_2, modulus=p, shot=shot)
-    seen = interpret.grid_features(what, grid_NT, shot=shot, rows=rows)
+    seen = interpret.grid_features(what, grid_NT, shot=shot, rows=rows, row_sharding=sharding)
     layers, heads, inputs, _, width = seen.head_LHN3D.shape
     pairs_GND = seen.head_LHN3D[..., :2, :].reshape(layers * heads, inputs, 2 * width)
     parts = interpret.principal_components(pairs_GND, components=min(4, *pairs_GND.shape[1:]))
@@ -356,12 +373,8 @@ def _embedding(table_pD, key, *, p, num):
 def _interventions(
     inside: tuple[Any, ...], look: Look, tokens_R4BT: jax.Array, measured: Arrays
 ) -> Arrays:
-    params, model, gate = inside
-    if look.sharding is not None:
-        params = parallel.replicate(params, look.mesh)
-        gate = None if gate is None else parallel.replicate(gate, look.mesh)
-        tokens_R4BT = parallel.replicate(tokens_R4BT, look.mesh)
-    common = {"cfg": model, "gate": gate, "row_sharding": look.sharding}
+    params, model = inside
+    common = {"cfg": model, "row_sharding": look.sharding}
     ablate = _waiting(functools.partial(interventions.ablate, params, chunk=look.chunk, **common))
     layers, heads, neurons = model.layers, model.heads, model.mlp_ratio * model.width
     nothing_1LH = jnp.zeros((1, layers, heads), bool)
@@ -391,8 +404,6 @@ def _interventions(
     lens = _stack([look_through(four[UNSEEN]) for four in tokens_R4BT])
     arrays |= {"lens_accuracy_RLS": lens.accuracy_S, "lens_loss_RLS": lens.loss_S}
     prompts_R = _prompts(look)
-    if look.sharding is not None:
-        prompts_R = parallel.replicate(prompts_R, look.mesh)
     patch = functools.partial(interventions.patch_activations, chunk=look.chunk, **common)
     patch = _waiting(patch)
     start = 3 * match_of(look.problem.shots) + 2  # the token that differs

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 
-from modgrok import oracles
+from modgrok import interpret, oracles
 from modgrok.tasks import check_modulus
 
 
@@ -45,6 +46,7 @@ def shot_grids(
     *,
     modulus: int,
     rows: int = 128,
+    row_sharding: NamedSharding | None = None,
 ) -> Grids:
     """Ask every query after k examples, for each k and context.
 
@@ -57,6 +59,7 @@ def shot_grids(
         context_CT: whole sequences, of which the first k examples count.
         task_C2: (a, b) of each.   shot_K: numbers of examples k, from 0 to S - 1.
         rows: sequences in one call of `predict`, which bounds memory.
+        row_sharding: spreads these over devices.
     """
     check_modulus(modulus)
     if context_CT.ndim != 2 or context_CT.shape[1] % 3 or context_CT.shape[0] != len(task_C2):
@@ -65,11 +68,12 @@ def shot_grids(
             "for each task"
         )
     predict = predict if isinstance(predict, Partial) else Partial(predict)
-    return _shot_grids(predict, context_CT, task_C2, shot_K, modulus=modulus, rows=rows)
+    options = {"modulus": modulus, "rows": rows, "row_sharding": row_sharding}
+    return _shot_grids(predict, context_CT, task_C2, shot_K, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("modulus", "rows"))
-def _shot_grids(predict, context_CT, task_C2, shot_K, *, modulus, rows):
+@functools.partial(jax.jit, static_argnames=("modulus", "rows", "row_sharding"))
+def _shot_grids(predict, context_CT, task_C2, shot_K, *, modulus, rows, row_sharding):
     query_N2 = jnp.stack(jnp.divmod(jnp.arange(modulus**2, dtype=jnp.int32), modulus), axis=1)
 
     def ask(shot, context_T, task_2, query_2):
@@ -79,8 +83,11 @@ def _shot_grids(predict, context_CT, task_C2, shot_K, *, modulus, rows):
         return oracles.expected_accuracy(scores_SV[shot][None, None], z[None, None])[0, 0]
 
     def one(shot, context_T, task_2):
-        right_N = jax.lax.map(
-            lambda query_2: ask(shot, context_T, task_2, query_2), query_N2, batch_size=rows
+        right_N = interpret.map_rows(
+            lambda query_2: ask(shot, context_T, task_2, query_2),
+            query_N2,
+            rows=rows,
+            row_sharding=row_sharding,
         )
         ratio_N, regression_N = known(context_T, query_N2, shot, modulus=modulus)
         return (x.reshape(modulus, modulus) for x in (right_N, ratio_N, regression_N))

@@ -15,11 +15,13 @@ definitions are ours.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from modgrok.model import Config, Params, apply
@@ -187,14 +189,46 @@ def input_grid(context_T: jax.Array, task_2: jax.Array, *, modulus: int, shot: i
     return tokens_NT.at[:, 3 * shot : 3 * shot + 3].set(jnp.stack([x_N, y_N, z_N], axis=1))
 
 
-@functools.partial(jax.jit, static_argnames=("shot", "rows"))
+def map_rows(
+    one: Callable[[jax.Array], Any],
+    value_NX: jax.Array,
+    *,
+    rows: int,
+    row_sharding: NamedSharding | None = None,
+) -> Any:
+    """`one` of each row, results stacked; `rows` of them at a time, which bounds memory.
+
+    Args:
+        row_sharding: spreads the rows of a time over devices. Every device has all results.
+    """
+    if row_sharding is None:
+        return jax.lax.map(one, value_NX, batch_size=rows)
+    total, devices = len(value_NX), row_sharding.num_devices
+    rows = -(-min(rows, total) // devices) * devices
+    # The last time is filled up with copies of the first row, whose results are cut off again.
+    padded_NX = jnp.concatenate([value_NX, jnp.repeat(value_NX[:1], -total % rows, axis=0)])
+    results = jax.lax.map(
+        lambda part: jax.vmap(one)(jax.lax.with_sharding_constraint(part, row_sharding)),
+        padded_NX.reshape(-1, rows, *value_NX.shape[1:]),
+    )
+    everywhere = NamedSharding(row_sharding.mesh, PartitionSpec())
+    results = jax.lax.with_sharding_constraint(results, everywhere)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], results)
+
+
+@functools.partial(jax.jit, static_argnames=("shot", "rows", "row_sharding"))
 def grid_features(
-    subject: Subject, tokens_NT: jax.Array, *, shot: int, rows: int = 128
+    subject: Subject,
+    tokens_NT: jax.Array,
+    *,
+    shot: int,
+    rows: int = 128,
+    row_sharding: NamedSharding | None = None,
 ) -> Features:
     """Activations at x, y and z of `shot`, for the sequences of `input_grid`.
 
     Args:
-        rows: sequences in one forward pass, which bounds memory. Changes no number.
+        rows, row_sharding: as in `map_rows`. Change no number.
     """
     at = slice(3 * shot, 3 * shot + 3)
 
@@ -202,7 +236,9 @@ def grid_features(
         seen = subject.capture(tokens_T[None])
         return tuple(x[:, 0, at] for x in (seen.head_LBTHK, seen.hidden_LBTF, seen.residual_LBTD))
 
-    head_NL3HK, hidden_NL3F, residual_NL3D = jax.lax.map(one, tokens_NT, batch_size=rows)
+    head_NL3HK, hidden_NL3F, residual_NL3D = map_rows(
+        one, tokens_NT, rows=rows, row_sharding=row_sharding
+    )
     head_LHN3D = jnp.einsum(
         "nlphk,lhkd->lhnpd",
         head_NL3HK.astype(jnp.float32),

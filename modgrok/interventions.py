@@ -156,7 +156,7 @@ def ablate(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "site", "chunk", "row_sharding"))
 def _ablate(params, tokens_BT, mask_GLX, key, kind, gate, *, cfg, site, chunk, row_sharding):
-    tokens_BT = _spread(tokens_BT, row_sharding)
+    tokens_BT = spread(tokens_BT, row_sharding)
     seen = getattr(_activations(params, tokens_BT, cfg, gate), _FIELDS[site])
     offset = jax.random.randint(key, (), 1, max(2, tokens_BT.shape[0]), jnp.int32)
     values = (
@@ -278,7 +278,7 @@ def patch_activations(
     """
     if site not in ("residual", "head"):
         raise ValueError(f"site={site!r} is not one of 'residual', 'head'")
-    clean_BT, corrupt_BT = (_spread(x, row_sharding) for x in prompts[:2])
+    clean_BT, corrupt_BT = (spread(x, row_sharding) for x in prompts[:2])
 
     def difference(logits_BTV):
         last_BV = logits_BTV[:, -1]
@@ -334,7 +334,7 @@ def label_corruption(
 
 @functools.partial(jax.jit, static_argnames=("modulus", "row_sharding"))
 def _label_corruption(predict, tokens_BT, key, *, modulus, row_sharding):
-    tokens_BT = _spread(tokens_BT, row_sharding)
+    tokens_BT = spread(tokens_BT, row_sharding)
     batch, shots = tokens_BT.shape[0], tokens_BT.shape[1] // 3
     z_BS = sequences.answers(tokens_BT)
     shift_SB = jax.random.randint(key, (shots, batch), 1, modulus, jnp.int32)
@@ -397,7 +397,7 @@ def corrupt_several(
 
 @functools.partial(jax.jit, static_argnames=("modulus", "row_sharding"))
 def _corrupt_several(predict, tokens_BT, key, count_N2, *, modulus, row_sharding):
-    tokens_BT = _spread(tokens_BT, row_sharding)
+    tokens_BT = spread(tokens_BT, row_sharding)
     z_BS = sequences.answers(tokens_BT)
     key_place, key_shift = jax.random.split(key)
     # The j smallest of k random numbers are j random places, nested in j.
@@ -430,7 +430,7 @@ def logit_lens(
     Returns:
         `Scores` with leading axis L + 1; the last are the network's own.
     """
-    tokens_BT = _spread(tokens_BT, row_sharding)
+    tokens_BT = spread(tokens_BT, row_sharding)
     seen = _activations(params, tokens_BT, cfg, gate)
     stream_LBTD = jnp.concatenate([seen.embedding_BTD[None], seen.residual_LBTD])
     return jax.lax.map(
@@ -438,7 +438,8 @@ def logit_lens(
     )
 
 
-def _spread(tokens_BT: jax.Array, row_sharding: jax.sharding.Sharding | None) -> jax.Array:
+def spread(tokens_BT: jax.Array, row_sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Within jit: the sequences, spread over devices unless `row_sharding` is None."""
     if row_sharding is None:
         return jnp.asarray(tokens_BT)
     return jax.lax.with_sharding_constraint(tokens_BT, row_sharding)

@@ -6,6 +6,7 @@ Axes: W tasks, R rectangles
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import jax
 import numpy as np
@@ -53,12 +54,16 @@ def given(parts: Sequence[Sequence[Sequence[int]]], task_W2: np.ndarray) -> np.n
 
     Raises:
         ValueError: if a group is empty, or a task is in none, in two, or not one of `task_W2`, or
-            `parts` is no list of lists of pairs.
+            `parts` is no list of lists of pairs of integers.
     """
     try:
-        parts = [[(int(a), int(b)) for a, b in part] for part in parts]
+        parts = [[(a, b) for a, b in part] for part in parts]
     except (TypeError, ValueError) as error:
         raise ValueError("groups are a list of lists of tasks [a, b]") from error
+    for number in (number for part in parts for pair in part for number in pair):
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise ValueError(f"groups are of tasks [a, b] of integers, got {number!r}")
+    parts = [[(int(a), int(b)) for a, b in part] for part in parts]
     index = {(int(a), int(b)): w for w, (a, b) in enumerate(np.asarray(task_W2))}
     group_W = np.full(len(index), -1, np.int32)
     if not parts:

@@ -13,14 +13,23 @@ from programs import contents, fixture_for, summary
 from training_runs import TINY as TINY_RUN
 from training_runs import settings
 
-from launch import modgrok_inspect, modgrok_train
+from launch import (
+    UsageError,
+    modgrok_config,
+    modgrok_export,
+    modgrok_inspect,
+    modgrok_inspect_drawings,
+    modgrok_train,
+)
 from launch import modgrok_instruments as instruments
+from launch.checkpoints import Checkpoints
 from modgrok import interop
-from modgrok.model import Config, init_params
+from modgrok.model import Config, apply, init_params
 
 assert_refused = functools.partial(programs.assert_refused, program="modgrok_inspect")
 program = fixture_for(modgrok_inspect, "--devices=1")
 TINY = instruments.Size(repetitions=2, sequences=8, contexts=2, shuffles=9, neurons=2)
+GATED_RUN = (*TINY_RUN, "--layers=2", "--latent_depth", "--target_depth=1")
 OF_THE_FILE = ("--p=5", "--shots=4", "--num_tasks=12", "--input_fraction=0.8")
 
 
@@ -36,6 +45,40 @@ def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("file") / "model.npz"
     interop.save_reference(path, init_params(jax.random.key(0), cfg), cfg)
     return path
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory, cache):
+    """gated(logits_L) -> the folder of a run whose last checkpoint has these gates.
+
+    All heads of the first of its two blocks look at the token before, whatever the tokens.
+    """
+    folder = tmp_path_factory.mktemp("gated")
+    flags = ("--devices=1", f"--compilation_cache={cache}", "--quiet", "--steps=2")
+    cfg = settings(*GATED_RUN, f"--workdir={folder}/trained", *flags)
+    assert modgrok_train.main(cfg) == 0
+    latent = modgrok_config.make_latent(cfg, None)
+    like = modgrok_config.abstract_state(cfg, *modgrok_config.make_model(cfg, latent), latent)
+    with Checkpoints(folder / "trained" / "checkpoints") as store:
+        restored = store.restore(like, which="latest")
+    state, key = restored.state
+    blocks = jax.tree.map(np.array, state.ema["blocks"])
+    # One query and one key for all tokens, apart by the turn of one position.
+    blocks["ln_1"]["scale"][0], blocks["ln_1"]["bias"][0] = 0, np.eye(16)[0]
+    blocks["qkv"][0, 0, :2] = [[1, 0, 1, 0]], [[np.cos(1), np.sin(1), np.cos(0.01), np.sin(0.01)]]
+    blocks["qkv"][0, 0, 0] *= 500
+
+    def call(logits_L):
+        gates = {"logits_GL": jnp.array([logits_L], jnp.float32)}
+        ema = {**state.ema, "blocks": jax.tree.map(jnp.asarray, blocks), "gates": gates}
+        new = folder / "_".join(map(str, logits_L))
+        new.mkdir()
+        (new / "config.json").write_bytes((folder / "trained" / "config.json").read_bytes())
+        with Checkpoints(new / "checkpoints") as store:
+            store.save(restored.step, (state._replace(ema=ema), key), restored.meta)
+        return new, ema
+
+    return call
 
 
 @pytest.mark.slow
@@ -65,7 +108,11 @@ def test_a_run_becomes_a_page_with_controls(program, finished, tmp_path):
     assert "ablation" not in matching
     for name in ("network", "random"):
         assert set(scores[name]["ablation"]["heads"]["zero"]) == {"0.0", "0.1", "0.2", "0.3"}
-        assert abs(scores[name]["patching"]["share_residual"][0][-1] or 1) == pytest.approx(1)
+        # The clean stream after the last block, at the query, is all that the answer is read from.
+        patching = scores[name]["patching"]
+        effect = patching["effect_logits"][0]
+        assert abs(effect) > 1e-5
+        assert patching["gained_logits_residual"][-1][-1] == pytest.approx(effect, rel=0.01)
 
     # What the tables say is in the arrays, and a second call says it again.
     arrays = dict(np.load(folder / "network.npz"))
@@ -121,23 +168,74 @@ def test_devices_change_no_number(program, file, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_gates_is_looked_at_with_them_rounded(program, cache, tmp_path):
-    flags = (*TINY_RUN, "--layers=2", "--latent_depth", "--target_depth=1", "--devices=1")
-    cfg = settings(*flags, f"--workdir={tmp_path}/run", f"--compilation_cache={cache}", "--quiet")
-    assert modgrok_train.main(cfg) == 0
-    summary(
-        program(
-            f"--checkpoint={tmp_path}/run",
-            "--which=latest",
-            "--controls=",
-            f"--workdir={tmp_path}/page",
-        )
+def test_closed_blocks_have_no_part_in_the_page(program, gated, tmp_path, monkeypatch):
+    """It has the numbers of a file of the open block alone, under the number of that block."""
+    drawn, draw = [], modgrok_inspect_drawings.draw
+    monkeypatch.setattr(
+        modgrok_inspect_drawings, "draw", lambda x: drawn.append(draw(x)) or drawn[-1]
     )
+    run, params = gated([-1, 2])
+    flags = (f"--checkpoint={run}", "--which=latest", "--controls=")
+    assert_refused(program(*flags, "--head=0.0"), "--head=0.0: expected", "in its open blocks 1")
+    said = summary(program(*flags, "--together=1.0+1.2", f"--workdir={tmp_path}/page"))
     page = (tmp_path / "page" / "report.md").read_text()
     assert "| group | expected depth | kept |" in page
+    assert "2 blocks of width 16" in page
+    assert "blocks 1; closed ones are left out" in page
+    assert "| 1.0 |" in page
+    assert not re.search(r"\| 0\.\d \||block 0|\| 0\.(all|log) ", page)
     assert (tmp_path / "page" / "figures" / "posterior.png").exists()
-    depth = json.loads((tmp_path / "page" / "scores.json").read_text())["network"]["latent_depth"]
-    assert np.shape(depth["inclusion_GL"]) == (1, 2)
+    network = json.loads((tmp_path / "page" / "scores.json").read_text())["network"]
+    assert np.shape(network["latent_depth"]["inclusion_GL"]) == (1, 2)
+    assert network["open_layers"] == [1]
+    names = ["1.0", "1.1", "1.2", "1.3"]
+    assert list(network["ablation"]["heads"]["zero"]) == names
+    assert list(network["ablation"]["heads_together"]["zero"]) == ["1.0+1.2"]
+    assert {x["neuron"][:2] for x in network["ablation"]["single_neurons"]} == {"1."}
+    assert network["attention"]["previous"]["best_head"] in names
+
+    # The page of a file that has the second block alone, cut out by hand.
+    cfg = settings(*GATED_RUN)
+    small = Config(vocab=cfg.p, width=16, heads=4, layers=1, mlp_ratio=cfg.mlp_ratio)
+    rest = {"embedding": params["embedding"], "ln_f": params["ln_f"]}
+    part = {**rest, "blocks": jax.tree.map(lambda x: x[1:], params["blocks"])}
+    interop.save_reference(tmp_path / "open.npz", part, small)
+    known = [f"--{name}={getattr(cfg, name)}".lower() for name in modgrok_inspect.OF_THE_RUN]
+    flags = (*known, f"--task_seed={cfg.seed}", "--controls=", "--together=0.0+0.2", "--nofigures")
+    flags += (f"--checkpoint={tmp_path}/open.npz", f"--workdir={tmp_path}/plain")
+    assert summary(program(*flags))["scores"] == {**said["scores"], "most_needed_head": "0.0"}
+    arrays = dict(np.load(tmp_path / "page" / "network.npz"))
+    wanted = dict(np.load(tmp_path / "plain" / "network.npz"))
+    own = {"drawn_head", "open_layer_L", *(x for x in arrays if x.startswith("posterior"))}
+    assert arrays.keys() - wanted.keys() == own - {"drawn_head"}
+    for name in arrays.keys() - own:
+        np.testing.assert_array_equal(arrays[name], wanted[name], err_msg=name)
+    np.testing.assert_array_equal(arrays["drawn_head"], wanted["drawn_head"] + [1, 0])
+
+    (figures,) = drawn
+    assert figures["attention"].axes[3].get_title() == "layer 1, head 3"
+    assert figures["neurons"].axes[0].get_title() == "log basis, layer 1"
+    assert [x.get_text() for x in figures["heads"].axes[0].get_yticklabels()] == ["1"]
+    assert [x.get_text() for x in figures["ablation"].axes[0].get_xticklabels()] == names
+
+    # A head of the closed block would be the best one.
+    whole = Config(vocab=cfg.p, width=16, heads=4, layers=2, mlp_ratio=cfg.mlp_ratio)
+    tokens_BT = arrays["feature_context_T"][None]
+    _, seen = apply(
+        {**rest, "blocks": params["blocks"]}, tokens_BT, whole, positions="all", capture=True
+    )
+    assert np.diagonal(seen.attention_LBHTT[0], -1, -2, -1).min() > 0.99
+    assert network["attention"]["previous"]["best"][0] < 0.5
+
+
+@pytest.mark.slow
+def test_a_network_without_an_open_block_is_refused(program, gated, tmp_path):
+    run, _ = gated([-1, -2])
+    flags = (f"--checkpoint={run}", f"--workdir={tmp_path}/page")
+    assert_refused(program(*flags), "holds no best checkpoint yet", "or --which=latest")
+    words = f"--checkpoint={run}: every gate is closed in its latest checkpoint"
+    assert_refused(program(*flags, "--which=latest"), words)
+    assert not (tmp_path / "page").exists()
 
 
 def test_rounded_gates_of_a_task_in_no_group():
@@ -162,7 +260,7 @@ def test_rounded_gates_of_a_task_in_no_group():
         (("--checkpoint={run}", "--feature_shot=5"), "--feature_shot=5: expected 0 to 4"),
         (("--checkpoint={run}", "--controls=bayes,bayes"), "--controls=bayes,bayes: expected some"),
         (("--checkpoint={file}",), "--p=none: expected a value"),
-        (("--checkpoint={file}", *OF_THE_FILE, "--p=7"), "has 5 tokens; expected --p=5"),
+        (("--checkpoint={file}", *OF_THE_FILE, "--p=7"), "has 5 tokens; expected --p=5\n"),
         (("--checkpoint={file}", *OF_THE_FILE, "--heads=3"), "width=16 is not a multiple of heads"),
         (("--checkpoint={file}", *OF_THE_FILE, "--num_tasks=25"), "--num_tasks=25: expected 1 to"),
         (("--checkpoint={file}", *OF_THE_FILE, "--shots=40"), "--shots=40: expected at most 20"),
@@ -195,5 +293,9 @@ def test_foreign_and_damaged_checkpoints(program, finished, file, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_bytes((finished / "config.json").read_bytes())
     flags = (f"--checkpoint={tmp_path}/empty", f"--workdir={tmp_path}/page")
-    assert_refused(program(*flags), "holds no best checkpoint yet")
+    assert_refused(program(*flags), "holds no best checkpoint yet", "or --which=latest")
+    with pytest.raises(UsageError, match=r"holds no best checkpoint yet; .* or --which=latest"):
+        modgrok_export.main(
+            modgrok_export.ExportConfig(f"{tmp_path}/empty", f"{tmp_path}/model.npz")
+        )
     assert not (tmp_path / "page").exists()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from modgrok import controls, grids, sequences
@@ -104,6 +105,25 @@ def test_any_function_will_do_and_a_partial_is_traced_once():
     assert len(traced) == count
     plain = ask(lambda tokens_BT: predict(bias_V, tokens_BT), CONTEXT_CT, TASK_C2, SHOT_K)
     np.testing.assert_array_equal(plain.right_KCpp, wanted)
+
+
+def test_devices_change_no_answer_and_share_the_work():
+    """25 queries over eight devices: at most four of them on each."""
+    spread = NamedSharding(
+        jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data")
+    )
+    predict = controls.bayes(P).predict
+    grid = ask(predict, CONTEXT_CT, TASK_C2, SHOT_K, row_sharding=spread)
+    for value_KCpp, wanted_KCpp in zip(grid, found("bayes"), strict=True):
+        np.testing.assert_array_equal(value_KCpp, wanted_KCpp)
+
+    def flops(row_sharding):
+        """Of one device."""
+        options = {"modulus": P, "rows": 128, "row_sharding": row_sharding}
+        lowered = grids._shot_grids.lower(predict, CONTEXT_CT, TASK_C2, SHOT_K, **options)
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert flops(spread) < flops(None) / 4
 
 
 def test_refusals():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sklearn.decomposition import PCA
 
 from modgrok import controls, fourier, interpret, oracles, sequences
@@ -151,8 +152,13 @@ def test_features_are_the_activations_whatever_the_rows():
     np.testing.assert_allclose(features.hidden_LN3F, seen.hidden_LBTF[:, :, 9:12], atol=1e-6)
     np.testing.assert_allclose(features.residual_LN3D, seen.residual_LBTD[:, :, 9:12], atol=1e-6)
     fewer = interpret.grid_features(RANDOM, tokens_NT, shot=3, rows=10)
-    for wanted, given in zip(features, fewer, strict=True):
-        np.testing.assert_allclose(given, wanted, atol=1e-6)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    subject = jax.device_put(RANDOM, NamedSharding(mesh, PartitionSpec()))
+    spread = interpret.grid_features(subject, tokens_NT, shot=3, rows=10, row_sharding=rows)
+    for wanted, *others in zip(features, fewer, spread, strict=True):
+        for given in others:
+            np.testing.assert_allclose(given, wanted, atol=1e-6)
 
 
 def test_components_are_those_of_scikit_learn():

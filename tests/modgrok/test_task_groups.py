@@ -54,6 +54,9 @@ def test_random_groups_are_equal():
         ([[1, 2]], r"groups are a list of lists of tasks \[a, b\]"),
         ({"a": 1}, "groups are a list of lists"),
         (3, "groups are a list of lists"),
+        ([[[1.9, 2], [3, 4]]], r"tasks \[a, b\] of integers, got 1\.9"),
+        ([[[1, 2], ["3", 4]]], r"tasks \[a, b\] of integers, got '3'"),
+        ([[[1, 2], [False, True]]], r"tasks \[a, b\] of integers, got False"),
     ],
 )
 def test_groups_must_partition_the_tasks(parts, message):
