@@ -62,8 +62,8 @@ def windowed_sum(a: LinearOperator, weight_Q: Any) -> LinearOperator:
 
 def geometric_sum(a: LinearOperator, ratio: Any, num_terms: int) -> LinearOperator:
     """sum_q ratio^q A^q, q = 0, ..., num_terms - 1."""
-    if num_terms < 1:
-        raise ValueError(f"num_terms={num_terms} must be at least 1")
+    if not isinstance(num_terms, int | np.integer) or num_terms < 1:
+        raise ValueError(f"num_terms={num_terms!r} must be at least 1, and a whole number")
     ratio = jnp.asarray(ratio, jnp.result_type(a.dtype, ratio))
     # Whole exponents, for the right slope at ratio 0; strict promotion refuses them beside floats.
     with jax.numpy_dtype_promotion("standard"):
@@ -73,7 +73,7 @@ def geometric_sum(a: LinearOperator, ratio: Any, num_terms: int) -> LinearOperat
 
 def hstack(operators: Sequence[LinearOperator]) -> LinearOperator:
     """[A B ...], side by side."""
-    operators = tuple(operators)
+    operators = _checked_operators("hstack", operators)
     rows = {a.shape[0] for a in operators}
     if len(rows) != 1:
         shapes = ", ".join(str(a.shape) for a in operators)
@@ -98,6 +98,7 @@ def _stacked(products: tuple[Product, ...], y_MC: jax.Array) -> jax.Array:
 
 def vstack(operators: Sequence[LinearOperator]) -> LinearOperator:
     """Operators on top of each other."""
+    operators = _checked_operators("vstack", operators)
     columns = {a.shape[1] for a in operators}
     if len(columns) != 1:
         shapes = ", ".join(str(a.shape) for a in operators)
@@ -105,6 +106,17 @@ def vstack(operators: Sequence[LinearOperator]) -> LinearOperator:
             f"vstack: expected operators with as many columns each, got shapes {shapes}"
         )
     return hstack([a.H for a in operators]).H
+
+
+def _checked_operators(name: str, operators: Sequence[Any]) -> tuple[LinearOperator, ...]:
+    operators = tuple(operators)
+    for a in operators:
+        if not isinstance(a, LinearOperator):
+            raise ValueError(
+                f"{name}: expected operators, got a {type(a).__name__}; `dense` and `sparse` make "
+                "them of matrices"
+            )
+    return operators
 
 
 def take_rows(a: LinearOperator, index_I: Any) -> LinearOperator:
@@ -136,12 +148,12 @@ def take_rows(a: LinearOperator, index_I: Any) -> LinearOperator:
 
 
 def _gathered(index_I: jax.Array, product: Product, x_NC: jax.Array) -> jax.Array:
-    return product(x_NC).at[index_I].get(mode="fill", fill_value=0)
+    return product(x_NC).at[index_I].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def _scattered(index_I: jax.Array, rows: _Static, product: Product, y_IC: jax.Array) -> jax.Array:
     y_MC = jnp.zeros_like(y_IC, shape=(rows.value, y_IC.shape[1]))
-    return product(y_MC.at[index_I].add(y_IC, mode="drop"))
+    return product(y_MC.at[index_I].add(y_IC, mode="drop", wrap_negative_indices=False))
 
 
 def take_columns(a: LinearOperator, index_I: Any) -> LinearOperator:
@@ -158,7 +170,8 @@ def centered(
 
     Args:
         mean_N: by default the mean of each column, by one product.
-        scale_N: divisor of each column, such as its standard deviation.
+        scale_N: divisor of each column, such as its standard deviation. Where it is 0 the column is
+            not divided, so that a constant one, centred, is a column of zeros.
     """
     num_rows, num_columns = a.shape
     one_M1 = jnp.ones((num_rows, 1), a.dtype)
@@ -169,4 +182,7 @@ def centered(
             raise ValueError(f"{name} has shape {np.shape(given)}, expected ({num_columns},)")
     mean_N = jnp.asarray(mean_N)
     result = add(a, -low_rank(one_M1, mean_N[:, None].conj()))
-    return result if scale_N is None else compose(result, diagonal(1 / jnp.asarray(scale_N)))
+    if scale_N is None:
+        return result
+    scale_N = jnp.asarray(scale_N)
+    return compose(result, diagonal(1 / jnp.where(scale_N == 0, 1, scale_N)))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from isvd.nodeclass import checked_nodes
+from isvd.nodeclass import checked_labels, checked_nodes
 from isvd.operators import LinearOperator
 
 
@@ -93,7 +93,7 @@ def apply(
             below 1, by a mask of its own for each branch, before the bias and before A. Without a
             key nothing is dropped.
     Raises:
-        ValueError: if shapes do not fit.
+        ValueError: if shapes do not fit, or features are no floating-point numbers.
     """
     width = params.out_pos_HFC.shape[1]
     num_nodes = adjacency_hat.shape[0]
@@ -102,6 +102,8 @@ def apply(
             f"adjacency_hat has shape {adjacency_hat.shape} and x_NF {x_NF.shape}, expected (N, N) "
             f"and (N, {width})"
         )
+    if not jnp.issubdtype(x_NF.dtype, jnp.floating):
+        raise ValueError(f"x_NF has dtype {x_NF.dtype}, expected a real floating type")
     num_hops = params.step_pos_LFF.shape[0]
     keys_H = None if key is None else jax.random.split(key, num_hops + 1)
     drop = functools.partial(_drop, dropout)
@@ -164,9 +166,7 @@ def finetune(
         ValueError: for nodes, labels or settings outside their range.
     """
     num_nodes, classes = x_NF.shape[0], params.out_pos_HFC.shape[2]
-    labels_N = np.asarray(labels_N)
-    if labels_N.shape != (num_nodes,):
-        raise ValueError(f"labels_N has shape {labels_N.shape}, expected ({num_nodes},)")
+    labels_N = checked_labels(labels_N, num_nodes)
     for name, index in (("train_T", train_T), ("validation_V", validation_V)):
         largest = labels_N[checked_nodes(name, index, labels_N)].max()
         if largest >= classes:

@@ -3,6 +3,9 @@
 They take arrays, scipy sparse matrices and operators, and never make a sparse matrix dense: PCA
 subtracts the mean as an operator of rank one. scikit-learn has to be installed.
 
+Results have JAX's dtypes: float32 also for float64 data, unless x64 is on, and scikit-learn's
+`check_estimator` asks for that.
+
 Axes: M samples, N features, K components.
 """
 
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from isvd.algebra import centered
@@ -101,8 +105,12 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 f"n_samples={num_samples} and n_features={num_features}"
             )
         key_svd, key_norm = jax.random.split(jax.random.key(self._seed()))
-        one_M1 = jnp.ones((num_samples, 1), op.dtype)
-        mean_N = np.asarray(op.rmatmat(one_M1))[:, 0] / num_samples
+        if entries is None:
+            one_M1 = jnp.ones((num_samples, 1), op.dtype)
+            mean_N = np.asarray(op.rmatmat(one_M1))[:, 0] / num_samples
+        else:
+            mean_N, total = _mean_and_variation(entries)
+            mean_N = mean_N.astype(op.dtype)
         around = centered(op, jnp.asarray(mean_N, op.dtype))
         factors = svd(around if self._centers else op, key_svd, rank=int(rank), tol=self.tol)
         u_MK, s_K, v_NK = (np.asarray(part) for part in factors[:3])
@@ -112,8 +120,6 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
         if entries is None:
             total = float(frobenius_norm(around, key_norm, samples=256)[0])
-        else:
-            total = _sum_of_squares(entries) - num_samples * _sum_of_squares(mean_N)
         count = num_samples - 1 if self._centers else num_samples
         scores_MK = u_MK * s_K
         variance_K = np.square(s_K) / count if self._centers else scores_MK.var(0)
@@ -121,15 +127,16 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.mean_ = mean_N if self._centers else np.zeros_like(mean_N)
         self.singular_values_ = s_K
         self.explained_variance_ = variance_K
-        whole = total / count
+        # The components are part of it; of constant features both are rounding.
+        whole = max(total / count, float(variance_K.sum()))
         self.explained_variance_ratio_ = variance_K / (whole if whole > 0 else 1)
         self.residuals_ = np.asarray(factors.residual_K)
         self.n_iter_ = int(factors.products)
         self._n_features_out = int(rank)
         return u_MK
 
-    def _operator(self, X: Any, *, reset: bool) -> tuple[LinearOperator, np.ndarray | None]:
-        """X as an operator, and its entries where they are in memory."""
+    def _operator(self, X: Any, *, reset: bool) -> tuple[LinearOperator, Any]:
+        """X as an operator, and X itself where its entries are in memory."""
         if isinstance(X, LinearOperator):
             if reset:
                 self.n_features_in_ = X.shape[1]
@@ -147,15 +154,12 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             dtype=[np.float64, np.float32],
             ensure_min_samples=2 if reset and self._centers else 1,
         )
-        if scipy.sparse.issparse(X):
-            return sparse(X), X.data
-        return dense(X), X
+        return (sparse(X) if scipy.sparse.issparse(X) else dense(X)), X
 
     def _seed(self) -> int:
         if isinstance(self.random_state, int | np.integer):
             return int(self.random_state)
-        state = np.random.mtrand._rand if self.random_state is None else self.random_state
-        return int(state.randint(2**31 - 1))
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
 
 
 class PCA(TruncatedSVD):
@@ -168,5 +172,18 @@ class PCA(TruncatedSVD):
     _centers = True
 
 
-def _sum_of_squares(x: np.ndarray) -> float:
-    return float(np.square(x.astype(np.float64)).sum())
+def _mean_and_variation(x_MN: Any) -> tuple[np.ndarray, float]:
+    """(mean_N, the sum of squares around it) of an array or a sparse matrix, in float64.
+
+    The sum is of differences: that of squares less that of means loses the digits of large means.
+    """
+    if not scipy.sparse.issparse(x_MN):
+        mean_N = x_MN.mean(0, dtype=np.float64)
+        return mean_N, float(np.square(x_MN - mean_N).sum())
+    num_rows, num_columns = x_MN.shape
+    csr = x_MN.tocsr(copy=True)
+    csr.sum_duplicates()
+    mean_N = np.bincount(csr.indices, csr.data, num_columns) / num_rows
+    zeros_N = num_rows - np.bincount(csr.indices, minlength=num_columns)
+    stored = np.square(csr.data - mean_N[csr.indices]).sum()
+    return mean_N, float(stored + (zeros_N * np.square(mean_N)).sum())

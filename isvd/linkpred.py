@@ -46,7 +46,9 @@ def scores(factors: SVD, pairs_P2: Any, *, symmetric: bool = True) -> jax.Array:
 def _pair_scores(
     u_NK: jax.Array, s_K: jax.Array, v_NK: jax.Array, pairs_P2: jax.Array, symmetric: bool
 ) -> jax.Array:
-    pick = functools.partial(jnp.take, axis=0, mode="fill", fill_value=jnp.nan)
+    def pick(x_NK: jax.Array, index_P: jax.Array) -> jax.Array:
+        return x_NK.at[index_P].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
     one_P, other_P = pairs_P2.T
     left_NK = u_NK * s_K
     score_P = jnp.sum(pick(left_NK, one_P) * pick(v_NK, other_P), axis=1)
@@ -307,12 +309,12 @@ def spectral_kernel(s_K: Any, mu: Any, tau: Any) -> jax.Array:
     """
     s_K = jnp.asarray(s_K)
     grid_G = jnp.linspace(0.5, 2.0, 301, dtype=s_K.dtype)
-    weight_G = jax.nn.softmax(-((mu - grid_G) ** 2) * jnp.exp(tau)).astype(s_K.dtype)
+    log_weight_G = jax.nn.log_softmax(-((mu - grid_G) ** 2) * jnp.exp(tau)).astype(s_K.dtype)
     positive_K = s_K > 0
     log_K = jnp.log(jnp.where(positive_K, s_K, 1))  # so that no gradient meets log 0
-    power_KG = jnp.exp(log_K[:, None] * grid_G)
-    mean_K = jnp.matmul(power_KG, weight_G, precision="highest")
-    return jnp.where(positive_K, mean_K, 0)
+    # By logarithms: of a large value s^2 may overflow, where its weight makes it nothing.
+    log_mean_K = jax.nn.logsumexp(log_weight_G + log_K[:, None] * grid_G, axis=1)
+    return jnp.where(positive_K, jnp.exp(log_mean_K), 0)
 
 
 def finetune_spectrum(

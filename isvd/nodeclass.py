@@ -99,6 +99,23 @@ def accuracy(scores_NC: Any, labels_N: Any, index_I: Any) -> float:
     return float((scores_NC[index_I].argmax(1) == labels_N[index_I]).mean())
 
 
+def checked_labels(labels_N: Any, num_nodes: int) -> np.ndarray:
+    """The labels as an array, if they are whole numbers, one for each node.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    labels_N = np.asarray(labels_N)
+    if labels_N.shape != (num_nodes,):
+        raise ValueError(f"labels_N has shape {labels_N.shape}, expected ({num_nodes},)")
+    if not np.issubdtype(labels_N.dtype, np.integer):
+        raise ValueError(
+            f"labels_N has dtype {labels_N.dtype}, expected integers "
+            "(np.unique(labels, return_inverse=True) numbers classes)"
+        )
+    return labels_N
+
+
 def checked_nodes(name: str, index: Any, labels_N: np.ndarray) -> np.ndarray:
     """The index as an array, if its nodes exist and have labels.
 
@@ -217,7 +234,7 @@ def planetoid_features(
     Source: section 3 and the reference's Planetoid script.
     """
     key_embed, key_pca = jax.random.split(key)
-    x = sparse(features) if hasattr(features, "tocsr") else dense(features)
+    x = sparse(features) if hasattr(features, "tocsr") else dense(_floating(features))
     r_NR = node_embedding(adjacency, key_embed, rank=embedding_rank, report=report)
     r_NR = r_NR.astype(x.dtype)
     embedding = dense(r_NR)
@@ -227,6 +244,12 @@ def planetoid_features(
     rank = min(pca_rank, *both.shape)
     components = principal_components(both, key_pca, rank=rank, report=report)
     return dense(jnp.hstack([components, r_NR]))
+
+
+def _floating(x: Any) -> jax.Array:
+    """An array in its own type, or float32 for whole numbers, as `sparse` makes them."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 
 # Fit ---------------------------------------------------------------------------------------------
@@ -253,22 +276,29 @@ def fit(
     propagation. The weights of all draws are averaged, which averages their scores.
 
     Args:
-        design: M, (N, D), such as `design.propagated`. Labels of other nodes than the two sets are
-            not looked at.
+        design: M, (N, D), such as `design.propagated`, of a real floating type.
+        labels_N: classes, whole numbers from 0 to N - 1 for training nodes. Those of other nodes
+            than the two sets are not looked at.
         ranks: triplets to use; those beyond the rows of a draw are left out.
         ridges: relative to s[0]^2.
         draws: 0 fits the clean rows alone, without forming them (copies and rate are not used).
         report: as of `classify`; of all draws together, with the largest of their residuals.
     Raises:
-        ValueError: for nodes out of range or without a label, less than two classes in the
-            training rows, training rows that are all zero, or settings outside their range.
+        ValueError: for nodes out of range or without a label, labels or a design of another type,
+            less than two classes in the training rows, training rows that are all zero, or
+            settings outside their range.
     Source: section 3; one draw, one rank and no ridge are the paper's "iSVD + dropout".
     """
-    labels_N = np.asarray(labels_N)
-    if labels_N.shape != (design.shape[0],):
-        raise ValueError(f"labels_N has shape {labels_N.shape}, expected ({design.shape[0]},)")
+    if not jnp.issubdtype(design.dtype, jnp.floating):
+        raise ValueError(f"design has dtype {design.dtype}, expected a real floating type")
+    labels_N = checked_labels(labels_N, design.shape[0])
     train_T = checked_nodes("train_T", train_T, labels_N)
     validation_V = checked_nodes("validation_V", validation_V, labels_N)
+    if labels_N[train_T].max() >= len(labels_N):
+        raise ValueError(
+            f"train_T has a node with label {labels_N[train_T].max()}, expected 0 to "
+            f"{len(labels_N) - 1}: number the classes from 0, without gaps"
+        )
     if len(set(labels_N[train_T].tolist())) < 2:
         raise ValueError("the training nodes have one class, expected two or more")
     if not 0 <= rate < 1:
@@ -279,11 +309,12 @@ def fit(
     limit = min(len(train_T) * (1 + copies * (draws > 0)), design.shape[1])
     ranks = tuple(sorted({min(int(rank), limit) for rank in ranks}))
     ridges = tuple(float(ridge) for ridge in ridges)
-    if not ranks or ranks[0] < 1 or not ridges or min(ridges) < 0:
+    good = all(0 <= ridge < float("inf") for ridge in ridges)  # NaN is not
+    if not ranks or ranks[0] < 1 or not ridges or not good:
         raise ValueError(f"ranks={ranks} and ridges={ridges}: expected some, from 1 and from 0")
 
     classes = int(labels_N[train_T].max()) + 1
-    targets_TC = jnp.asarray(np.eye(classes)[labels_N[train_T]], design.dtype)
+    targets_TC = jnp.asarray(labels_N[train_T, None] == np.arange(classes), design.dtype)
     rows = take_rows(design, train_T)
     ridge_P = jnp.asarray(ridges, design.dtype)
     if draws:

@@ -65,6 +65,7 @@ class LinearOperator:
     def __matmul__(self, x: Any) -> Any:
         if isinstance(x, LinearOperator):
             return compose(self, x)
+        check_not_sparse("A @ x: x", x)
         x = jnp.asarray(x)
         if x.ndim not in (1, 2) or x.shape[0] != self.shape[1]:
             hint = "; did you mean A.T @ x?" if x.shape[:1] == self.shape[:1] else ""
@@ -75,6 +76,7 @@ class LinearOperator:
         return self.matmat(x) if x.ndim == 2 else self.matmat(x[:, None])[:, 0]
 
     def __rmatmul__(self, x: Any) -> jax.Array:
+        check_not_sparse("x @ A: x", x)
         x = jnp.asarray(x)
         if x.ndim not in (1, 2) or x.shape[-1] != self.shape[0]:
             raise ValueError(
@@ -128,17 +130,18 @@ def from_matmat(
         matmat: x -> A x, a linear function of one vector (N,) or of a block of columns (N, C);
             a lambda, a `Partial`, a bound method. Arrays in a `Partial` are arguments under jit
             and grad; what a lambda closes over is a constant of the program.
-        shape: (M, N).   dtype: of the entries.
+        shape: (M, N).
+        dtype: of the entries, and of what the functions give for a vector of this type.
         rmatmat: y -> A^H y, of a vector or a block. By default JAX derives it from `matmat` by
             `jax.linear_transpose`; write it where that is slow. `verify` tells if it is right.
         block: whether the functions take blocks. By default they are called with vectors, and
             mapped over columns, if they take one, and with blocks otherwise. This is the safe
             order: what sorts, shifts or transforms a vector may do another thing to a block.
     Raises:
-        ValueError: if neither form gives a result of the right shape.
+        ValueError: if neither form gives a result of the right shape, or it is of another dtype.
     """
     rows, columns = shape = _checked_shape(shape)
-    dtype = jnp.dtype(dtype)
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
     forward = _on_blocks("matmat", matmat, columns, rows, dtype, block)
     if rmatmat is None:
         backward = Partial(_derived_adjoint, forward, _Static((columns, dtype)))
@@ -167,15 +170,20 @@ def _on_blocks(
         # Three columns, or four: not the size of a vector, so that no broadcast looks right.
         given = jax.ShapeDtypeStruct((size_in, 3 + (size_in == 3)), dtype)
         try:
-            got = jax.eval_shape(product, given).shape
+            got = jax.eval_shape(product, given)
         except Exception as error:  # whatever a user's function raises at shapes it is not for
-            reason = " ".join(str(error).split())[:200]
-            wrong.append(f"with {form} it raises {type(error).__name__}: {reason}")
+            reason = _one_line(error)
+            wrong.append(f"with {form} it raises {reason}")
             continue
-        if got == (size_out, given.shape[1]):
+        if got.shape == (size_out, given.shape[1]):
+            if got.dtype != dtype:
+                raise ValueError(
+                    f"{name} gives {got.dtype} for {form} of dtype {dtype}, expected {dtype} too: "
+                    f"pass dtype={str(got.dtype)!r}, or convert what it gives"
+                )
             return product
-        got = got[:-1] if form == "a vector" else got
-        wrong.append(f"with {form} of {size_in} it gives shape {got}")
+        shape = got.shape[:-1] if form == "a vector" else got.shape
+        wrong.append(f"with {form} of {size_in} it gives shape {shape}")
     raise ValueError(
         f"{name}: expected a function from ({size_in},) to ({size_out},), or from "
         f"({size_in}, C) to ({size_out}, C); {'; '.join(wrong)}"
@@ -191,15 +199,27 @@ def _derived_adjoint(matmat: Product, static: _Static, y_MC: jax.Array) -> jax.A
     y_MC = y_MC.conj().astype(jnp.result_type(dtype, y_MC))
     # Made from y, so that inside shard_map its type says that it varies as y does.
     x_NC = jax.typeof(jnp.zeros_like(y_MC, shape=(columns, y_MC.shape[1])))
-    (x_NC,) = jax.linear_transpose(matmat, x_NC)(y_MC)
+    try:
+        (x_NC,) = jax.linear_transpose(matmat, x_NC)(y_MC)
+    except jax.errors.JaxRuntimeError:  # of the machine, such as too little memory
+        raise
+    except (RuntimeError, AssertionError) as error:  # what JAX raises differs between functions
+        raise ValueError(
+            "rmatmat cannot be derived: matmat is not linear, which `verify` tells, or JAX cannot "
+            f"transpose it ({_one_line(error)}); expected a linear function, or rmatmat with it"
+        ) from error
     return x_NC.conj()
 
 
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    sizes = tuple(map(int, shape))
-    if len(sizes) != 2 or min(sizes) < 1:
-        raise ValueError(f"shape={shape}: expected (rows, columns), each at least 1")
-    return sizes
+    whole = all(isinstance(size, int | np.integer) for size in shape)
+    if not whole or len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"shape={shape}: expected (rows, columns), whole numbers from 1")
+    return tuple(map(int, shape))
 
 
 # Leaves ------------------------------------------------------------------------------------------
@@ -207,6 +227,7 @@ def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
 
 def dense(a_MN: Any) -> LinearOperator:
     """The operator of a matrix in memory. Products are in full precision on every device."""
+    check_not_sparse("a_MN", a_MN)
     a_MN = jnp.asarray(a_MN)
     if a_MN.ndim != 2:
         raise ValueError(f"a_MN has shape {a_MN.shape}, expected two axes")
@@ -370,6 +391,14 @@ def check_square(what: str, a: LinearOperator) -> None:
         raise ValueError(f"{what}: A has shape {a.shape}, expected a square one")
 
 
+def check_not_sparse(
+    name: str, x: Any, wanted: str = "an array (`sparse` makes an operator of a sparse matrix)"
+) -> None:
+    """JAX makes no array of a sparse matrix, and says so in words about sequences."""
+    if hasattr(x, "todense"):
+        raise ValueError(f"{name} is a {type(x).__name__}, expected {wanted}")
+
+
 # Checks on request -------------------------------------------------------------------------------
 
 
@@ -379,18 +408,21 @@ def adjoint_defect(a: LinearOperator, key: jax.Array, *, columns: int = 4) -> ja
     ax_MC, ahy_NC = a.matmat(x_NC), a.rmatmat(y_MC)
     left = jnp.einsum("mc,mc->c", y_MC.conj(), ax_MC, precision="highest")
     right = jnp.einsum("nc,nc->c", ahy_NC.conj(), x_NC, precision="highest")
-    size = jnp.linalg.norm(y_MC, axis=0) * jnp.linalg.norm(ax_MC, axis=0)
+    size = _norm(y_MC, axis=0) * _norm(ax_MC, axis=0)
     return (jnp.abs(left - right) / jnp.where(size > 0, size, 1)).max()
 
 
 def linearity_defect(a: LinearOperator, key: jax.Array, *, columns: int = 4) -> jax.Array:
-    """max |A(2 x - z) - 2 A x + A z| / |A x| over random blocks: rounding, if A is linear."""
+    """|A(2 x + z) - 2 A x - A z| / |A x| of random blocks: rounding, if A is linear.
+
+    The coefficients do not add up to 0, so that what is added to a product does not cancel.
+    """
     x_NC, _ = _random_blocks(a, key, columns)
     z_NC = x_NC[:, ::-1]
     ax_MC = a.matmat(x_NC)
-    miss_MC = a.matmat(2 * x_NC - z_NC) - 2 * ax_MC + a.matmat(z_NC)
-    size = jnp.linalg.norm(ax_MC)
-    return jnp.linalg.norm(miss_MC) / jnp.where(size > 0, size, 1)
+    miss_MC = a.matmat(2 * x_NC + z_NC) - 2 * ax_MC - a.matmat(z_NC)
+    size = _norm(ax_MC)
+    return _norm(miss_MC) / jnp.where(size > 0, size, 1)
 
 
 def nonfinite(a: LinearOperator, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -408,18 +440,19 @@ def verify(a: LinearOperator, key: jax.Array) -> None:
             not the adjoint of `matmat`.
     """
     keys = jax.random.split(key, 3)
+    # First what needs no adjoint: none can be derived from a function that is not linear.
+    defect = float(linearity_defect(a, keys[1]))
+    allowed = 1e3 * float(jnp.finfo(a.dtype).eps)
+    if defect >= allowed:  # NaN is not: which entries make it is said below
+        raise ValueError(
+            f"A is not linear: A(2x + z) and 2 A x + A z differ by {defect:.2g} of |A x|, "
+            f"expected less than {allowed:.2g}"
+        )
     rows_M, columns_N = map(np.asarray, nonfinite(a, keys[0]))
     if rows_M.any() or columns_N.any():
         raise ValueError(
             f"A has entries that are not finite, in rows {_some(rows_M)} and columns "
             f"{_some(columns_N)}"
-        )
-    allowed = 1e3 * float(jnp.finfo(a.dtype).eps)
-    defect = float(linearity_defect(a, keys[1]))
-    if not defect < allowed:
-        raise ValueError(
-            f"A is not linear: A(2x - z) and 2 A x - A z differ by {defect:.2g} of |A x|, "
-            f"expected less than {allowed:.2g}"
         )
     defect = float(adjoint_defect(a, keys[2]))
     if not defect < allowed:
@@ -430,7 +463,17 @@ def verify(a: LinearOperator, key: jax.Array) -> None:
         )
 
 
+def _norm(x: jax.Array, axis: int | None = None) -> jax.Array:
+    """Also of entries whose squares would overflow or vanish."""
+    size = jnp.abs(x)
+    peak = size.max(axis, keepdims=True)
+    peak = jnp.where(peak > 0, peak, 1)
+    return peak.squeeze(axis) * jnp.linalg.norm(size / peak, axis=axis)
+
+
 def _random_blocks(a: LinearOperator, key: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
+    if not jnp.issubdtype(a.dtype, jnp.inexact):
+        raise ValueError(f"A has dtype {a.dtype}, expected a real or complex floating type")
     keys = jax.random.split(key)
     x_NC = jax.random.normal(keys[0], (a.shape[1], columns), a.dtype)
     return x_NC, jax.random.normal(keys[1], (a.shape[0], columns), a.dtype)

@@ -15,7 +15,14 @@ import scipy.sparse
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
-from isvd.operators import LinearOperator, Product, _dense, _dense_adjoint, _Static
+from isvd.operators import (
+    LinearOperator,
+    Product,
+    _dense,
+    _dense_adjoint,
+    _Static,
+    check_not_sparse,
+)
 from isvd.spmm import _compressed_rows, _entry_dtype
 
 
@@ -30,12 +37,16 @@ def row_sharded(matrix: Any, mesh: Mesh, axis: str, dtype: Any = None) -> Linear
             divide M, the last ones get rows of zeros.
         mesh, axis: the axis that rows are spread along.
     Raises:
-        ValueError: if the mesh has no such axis, or the matrix other than two axes.
+        ValueError: if the mesh has no such axis, or the matrix is JAX's own sparse one or has
+            other than two axes.
     """
     if axis not in mesh.shape:
         raise ValueError(f"axis={axis!r}, expected one of the mesh's, {', '.join(mesh.shape)}")
-    if len(np.shape(matrix)) != 2:
-        raise ValueError(f"matrix has shape {np.shape(matrix)}, expected two axes")
+    if not scipy.sparse.issparse(matrix):
+        check_not_sparse("matrix", matrix, "a scipy sparse matrix or an array")
+        matrix = np.asarray(matrix)
+    if matrix.ndim != 2:
+        raise ValueError(f"matrix has shape {matrix.shape}, expected two axes")
     num_rows, num_columns = map(int, matrix.shape)
     devices = mesh.shape[axis]
     rows = -(-num_rows // devices)

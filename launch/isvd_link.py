@@ -25,6 +25,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 _SPLIT_FILES = ("train.txt.npy", "test.txt.npy", "test.neg.txt.npy")
 _FRACTION = 0.15  # of an edge list that is held out unless told
+_LEAST_PICTURED = 3  # dimensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +184,8 @@ def _work(
             f"{row['products']} products in {seconds:.2f} s"
         )
     assert kept is not None  # seeds is at least 1
+    if cfg.figures and rank < _LEAST_PICTURED:
+        say(f"no figure of the embedding: it shows dimensions 2 and 3, and there are {rank}")
     result = _result(cfg, problem, rows, compile_seconds, say)
     return {**result, "devices": devices}, _arrays(problem, *kept)
 
@@ -247,7 +250,7 @@ def _draw(arrays: program.Arrays) -> dict[str, Any]:
         "roc": _roc(scores["test_score"], scores["test_negative_score"]),
         "spectrum": isvd_common.spectrum(embeddings["singular_values"], embeddings["residual"]),
     }
-    if embeddings["left"].shape[1] >= 3:
+    if embeddings["left"].shape[1] >= _LEAST_PICTURED:
         figures["embedding"] = _picture(embeddings["left"], scores["train"])
     return figures
 

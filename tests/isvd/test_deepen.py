@@ -140,14 +140,14 @@ def test_dropout_of_the_output_keeps_its_mean():
 # Fine-tuning -------------------------------------------------------------------------------------
 
 
-def finetuned(start=None, key=0, **options):
+def finetuned(start=None, key=0, labels=LABELS, **options):
     params, hat, x_NF, _ = network()
     options = {"steps": 40, "learning_rate": 0.01, **options}
     return deepen.finetune(
         params if start is None else start,
         hat,
         x_NF,
-        LABELS,
+        labels,
         TRAIN,
         VALIDATION,
         jax.random.key(key),
@@ -221,6 +221,11 @@ WRONG = {
         lambda: deepen.apply(network()[0], network()[1], jnp.ones((N, F + 1))),
         rf"x_NF \({N}, {F + 1}\), expected \(N, N\) and \(N, {F}\)",
     ),
+    "whole features": (
+        lambda: deepen.apply(network()[0], network()[1], jnp.ones((N, F), int)),
+        "x_NF has dtype int32, expected a real floating type",
+    ),
+    "float labels": (lambda: finetuned(labels=LABELS / 1), "labels_N has dtype float64, expected"),
     "steps": (lambda: finetuned(steps=0), "steps=0"),
     "dropout": (lambda: finetuned(dropout=1.0), "dropout=1.0"),
     "classes": (

@@ -72,6 +72,43 @@ def test_truncated_svd(counts):
         )
 
 
+def standing_far_off(form):
+    """Data whose means are far larger than its deviations, or (coo) with entries stored twice."""
+    x_MN = np.random.default_rng(0).normal(size=(100, 8)) * np.linspace(1, 3, 8)
+    if form == "array":
+        return x_MN + 2000.0
+    if form == "csr":
+        return scipy.sparse.csr_array((x_MN + 1e4) * (np.arange(8) != 3))
+    entry = np.nonzero(x_MN)
+    return scipy.sparse.coo_array((np.tile(x_MN[entry], 2), np.tile(entry, 2)), x_MN.shape)
+
+
+@pytest.mark.parametrize("form", ["array", "csr", "coo"])
+@pytest.mark.parametrize("centers", [True, False])
+def test_shares_of_the_variance_in_float32(form, centers):
+    """The total is a sum of squares in float64, whatever the type of the products."""
+    given = standing_far_off(form)
+    whole = given if form == "array" else given.toarray()
+    ours = (PCA if centers else TruncatedSVD)(3, random_state=0)
+    before = given.copy()
+    got = ours.fit(given).explained_variance_ratio_
+    if centers:
+        wanted = DensePCA(3, svd_solver="full").fit(whole).explained_variance_ratio_
+    else:
+        wanted = ArpackSVD(3, algorithm="arpack").fit(whole).explained_variance_ratio_
+    np.testing.assert_allclose(got, wanted, rtol=2e-3)
+    assert ours.mean_.dtype == "float32"
+    if form != "array":
+        assert given.nnz == before.nnz
+
+
+def test_constant_features_explain_no_more_than_all():
+    """What is left is rounding, of another size in the components than in the total."""
+    for estimator in (PCA, TruncatedSVD):
+        fitted = estimator(1, random_state=0).fit(np.full((1000, 3), 0.1))
+        assert 0 <= fitted.explained_variance_ratio_[0] <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("estimator", [TruncatedSVD, PCA])
@@ -97,3 +134,6 @@ def test_wrong_requests(counts):
     broken.data[0] = np.nan
     with pytest.raises(ValueError, match="contains NaN"):
         PCA(1).fit(broken)
+    for state in (np.random.default_rng(0), "a", 1.5):
+        with pytest.raises(ValueError, match="cannot be used to seed"):
+            PCA(1, random_state=state).fit(counts)

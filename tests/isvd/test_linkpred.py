@@ -54,8 +54,13 @@ def test_embeddings_multiply_to_the_low_rank_matrix():
 
 
 def test_pairs_outside_are_not_numbers():
+    """Negative ones too, which numpy counts from the end."""
     factors, _ = random_factors()
-    assert np.isnan(linkpred.scores(factors, jnp.array([[0, 8]])))[0]
+    pairs = jnp.array([[0, 8], [-1, 0], [0, -8], [7, 0]])
+    for symmetric in (True, False):
+        for scores in (linkpred.scores, jax.jit(linkpred.scores, static_argnames="symmetric")):
+            bad = np.isnan(scores(factors, pairs, symmetric=symmetric))
+            assert bad.tolist() == [True, True, True, False]
 
 
 # Measures ----------------------------------------------------------------------------------------
@@ -260,6 +265,18 @@ def test_spectral_kernel_at_the_start_and_in_the_limit():
     np.testing.assert_allclose(linkpred.spectral_kernel(s_K, 1.0, 20.0), s_K, rtol=1e-4)
     np.testing.assert_allclose(linkpred.spectral_kernel(s_K, 0.8, 20.0), s_K**0.8, rtol=1e-4)
     slopes = jax.jacobian(linkpred.spectral_kernel, argnums=(0, 1, 2))(s_K, 1.0, 5.0)
+    assert all(np.isfinite(slope).all() for slope in slopes)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20, 1e35])
+def test_spectral_kernel_of_values_whose_squares_are_no_numbers(size):
+    """Against float64, in which they are."""
+    s_K = np.array([size, 3.0])
+    with jax.enable_x64(True):
+        wanted = linkpred.spectral_kernel(s_K, 1.0, 9.0)
+    got = linkpred.spectral_kernel(s_K.astype("f"), 1.0, 9.0)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4)
+    slopes = jax.jacobian(linkpred.spectral_kernel, argnums=(1, 2))(s_K.astype("f"), 1.0, 9.0)
     assert all(np.isfinite(slope).all() for slope in slopes)
 
 

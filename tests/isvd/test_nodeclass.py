@@ -171,6 +171,18 @@ def test_features_by_components_and_without():
     assert_close(dense_too.to_dense(), x_NF)
 
 
+@pytest.mark.parametrize("dtype", [bool, int, "uint8"])
+def test_features_that_are_whole_numbers(dtype):
+    """The embedding beside them keeps its digits."""
+    graph, features, *_ = planted()
+    options = {"embedding_rank": 4, "pca_rank": 6}
+    wanted, got = (
+        nodeclass.planetoid_features(graph, x_NF, jax.random.key(0), **options).to_dense()
+        for x_NF in (features.toarray(), features.toarray().astype(dtype))
+    )
+    np.testing.assert_array_equal(got, wanted)
+
+
 # Fit ---------------------------------------------------------------------------------------------
 
 
@@ -304,6 +316,20 @@ WRONG = {
     "mask": (lambda: fit_with(train=np.ones(90, bool)), "dtype bool, expected integers"),
     "none": (lambda: fit_with(train=np.zeros(0, int)), r"train_T has shape \(0,\)"),
     "labels": (lambda: fit_with(labels=np.zeros(3, int)), r"labels_N has shape \(3,\), .*\(90,\)"),
+    "float labels": (lambda: fit_with(labels=np.arange(90) / 1), "labels_N has dtype float64"),
+    "names": (
+        lambda: fit_with(labels=np.full(90, "a")),
+        "labels_N has dtype <U1, expected integers",
+    ),
+    "two truths": (lambda: fit_with(labels=np.arange(90) > 4), "labels_N has dtype bool"),
+    "gaps": (
+        lambda: fit_with(labels=np.where(np.arange(90) == 2, 10**9, np.arange(90) % 3)),
+        "train_T has a node with label 1000000000, expected 0 to 89: number the classes",
+    ),
+    "design": (
+        lambda: fit_with(design=dense(np.ones((90, 4), int))),
+        "design has dtype int32, expected a real floating type",
+    ),
     "zero rows": (
         lambda: fit_with(design=dense(np.zeros((90, 4), "f"))),
         "all zero, or not finite",
@@ -316,6 +342,7 @@ WRONG = {
     "draws": (lambda: fit_with(draws=-1), "draws=-1"),
     "ranks": (lambda: fit_with(ranks=(0,)), r"ranks=\(0,\)"),
     "ridges": (lambda: fit_with(ridges=(-1.0,)), r"ridges=\(-1.0,\)"),
+    "no ridge": (lambda: fit_with(ridges=(np.nan,)), r"ridges=\(nan,\)"),
     "components": (
         lambda: nodeclass.principal_components(dense(np.ones((4, 3), "f")), None, rank=4),
         "rank=4, expected 1 to 3",

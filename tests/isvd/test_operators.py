@@ -4,6 +4,7 @@ import functools
 import operator as signs
 
 import jax
+import jax.experimental.sparse
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -356,6 +357,37 @@ def test_factors_may_be_learned():
     np.testing.assert_allclose(slope, (a @ a).sum(), rtol=1e-5)
 
 
+def test_traced_indices_outside_select_nothing():
+    """Negative ones too, which numpy counts from the end."""
+    a, index_I = draw(0, 4, 3), jnp.array([-1, 3, -4, 4, 0])
+    wanted = np.where([[False], [True], [False], [False], [True]], a[[0, 3, 0, 0, 0]], 0)
+
+    @jax.jit
+    def selected(index_I):
+        rows = algebra.take_rows(operators.dense(a), index_I)
+        columns = algebra.take_columns(operators.dense(a.T), index_I)
+        return rows.to_dense(), rows.rmatmat(jnp.eye(5)).T, columns.to_dense().T
+
+    for got in selected(index_I):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_constant_columns_become_zeros():
+    """As of scikit-learn's StandardScaler, also where the scale is traced and differentiated."""
+    a = draw(0, 5, 3)
+    a[:, 1] = 2
+
+    @jax.jit
+    def scaled(scale_N):
+        return algebra.centered(operators.dense(a), scale_N=scale_N).to_dense()
+
+    wanted = (a - a.mean(0)) / np.where(a.std(0) > 0, a.std(0), 1)
+    np.testing.assert_allclose(scaled(a.std(0)), wanted, atol=1e-6)
+    assert not np.abs(wanted[:, 1]).any()
+    slope = jax.grad(lambda scale_N: scaled(scale_N).sum())(jnp.asarray(a.std(0)))
+    assert np.isfinite(slope).all()
+
+
 def test_derived_and_written_adjoint_agree():
     kernel = draw(1, 3)
     product = Partial(toeplitz_product, kernel)
@@ -375,17 +407,34 @@ def test_a_function_of_vectors_is_mapped_over_columns():
     assert_close(told @ x_NC, np.fft.fft(x_NC).astype("complex64"))
 
 
+def test_the_type_is_that_of_the_products():
+    """What was one type in tests may be another with x64: told before anything is computed."""
+    with jax.enable_x64(True):
+        a = draw(0, 4, 3, dtype="float64")
+        with pytest.raises(ValueError, match="gives float64 for a vector of dtype float32"):
+            operators.from_matmat(lambda x: a @ x, (4, 3))
+        op = operators.from_matmat(lambda x: a @ x, (4, 3), "float64")
+        assert_close(op.to_dense(), a)
+    op = operators.from_matmat(lambda x: a.astype("f") @ x, (4, 3), np.float64)
+    assert op.dtype == "float32"  # as everywhere without x64
+    operators.verify(op, jax.random.key(0))
+    # Entries of a lesser type are promoted by the product.
+    half = operators.from_matmat(lambda x: a.astype("float16") @ x, (4, 3))
+    assert half.rmatmat(draw(1, 4, 2)).dtype == "float32"
+
+
 def test_polynomial_makes_one_pass():
     calls = []
     op = operators.from_matmat(lambda x: (calls.append(1), 2 * x)[1], (4, 4))
     summed = algebra.windowed_sum(op, np.ones(9, np.float32))
     text = str(jax.make_jaxpr(summed.matmat)(draw(0, 4, 2)))
-    assert text.count("length=8") == 1
+    assert text.count("length=9") == 1
     assert_close(summed.to_dense(), np.eye(4, dtype="f") * sum(2.0**q for q in range(1, 10)))
 
 
 # Errors ------------------------------------------------------------------------------------------
 
+SPARSE_33 = scipy.sparse.csr_array(np.eye(3))
 A43, A34, A44 = (operators.dense(draw(0, *shape)) for shape in ((4, 3), (3, 4), (4, 4)))
 WRONG = {
     "inner sizes": (lambda: A43 @ A43, r"\(4, 3\) and \(4, 3\).*did you mean A @ B.T\?"),
@@ -419,6 +468,34 @@ WRONG = {
         lambda: operators.from_matmat(lambda x: x.nonsense, (4, 3)),
         "with a vector it raises AttributeError",
     ),
+    "user's type": (
+        lambda: operators.from_matmat(jnp.fft.fft, (4, 4)),
+        "matmat gives complex64 for a vector of dtype float32.*pass dtype='complex64'",
+    ),
+    "type of the user's adjoint": (
+        lambda: operators.from_matmat(
+            lambda x: 2 * x, (4, 4), rmatmat=lambda y: 2 * y.astype("bfloat16"), block=True
+        ),
+        "rmatmat gives bfloat16 for a block of dtype float32.*pass dtype='bfloat16'",
+    ),
+    "half a row": (lambda: operators.from_matmat(lambda x: x, (2.5, 3)), r"shape=\(2.5, 3\): exp"),
+    "half a term": (lambda: algebra.geometric_sum(A44, 0.5, 2.5), "num_terms=2.5 must be"),
+    "sparse block": (lambda: A43 @ SPARSE_33, "A @ x: x is a csr_array, expected an array"),
+    "sparse left": (lambda: SPARSE_33 @ A34, "x @ A: x is a csr_array, expected an array"),
+    "sparse as dense": (
+        lambda: operators.dense(SPARSE_33),
+        "a_MN is a csr_array, expected an array .`sparse` makes an operator",
+    ),
+    "JAX's sparse as dense": (
+        lambda: operators.dense(jax.experimental.sparse.BCOO.fromdense(np.eye(3))),
+        "a_MN is a BCOO, expected an array",
+    ),
+    "hstack of an array": (lambda: algebra.hstack([A43, np.eye(4)]), "got a ndarray; `dense` and"),
+    "vstack of an array": (lambda: algebra.vstack([np.eye(3), A43]), "got a ndarray; `dense` and"),
+    "whole numbers": (
+        lambda: operators.verify(operators.dense(np.eye(3, dtype=int)), jax.random.key(0)),
+        "A has dtype int32, expected a real or complex floating type",
+    ),
 }
 
 
@@ -449,3 +526,41 @@ def test_verify_passes_what_is_right_and_names_what_is_not():
     a[1, 2] = np.nan
     with pytest.raises(ValueError, match="not finite, in rows 1 and columns 2"):
         operators.verify(operators.dense(a), key)
+
+
+NONLINEAR = {
+    "abs": jnp.abs,
+    "square": lambda x: x**2,
+    "relu": jax.nn.relu,
+    "where": lambda x: jnp.where(x > 0, x, 2 * x),
+    "norm": lambda x: x / jnp.linalg.norm(x),
+    "sort": jnp.sort,
+    "offset": lambda x: 2 * x + 1,
+}
+
+
+@pytest.mark.parametrize("name", list(NONLINEAR))
+def test_verify_needs_no_adjoint_to_see_what_is_not_linear(name):
+    key, product = jax.random.key(0), NONLINEAR[name]
+    with pytest.raises(ValueError, match="A is not linear"):
+        operators.verify(operators.from_matmat(product, (5, 5)), key)
+    with pytest.raises(ValueError, match="A is not linear"):
+        operators.verify(operators.from_matmat(product, (5, 5), rmatmat=lambda y: 2 * y), key)
+
+
+@pytest.mark.parametrize("name", ["abs", "norm", "where"])
+def test_an_adjoint_that_cannot_be_derived(name):
+    op = operators.from_matmat(NONLINEAR[name], (5, 5))
+    with pytest.raises(ValueError, match="rmatmat cannot be derived: matmat is not linear"):
+        op.H @ np.ones(5, np.float32)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_verify_of_entries_whose_squares_are_no_numbers(size):
+    key, a = jax.random.key(0), np.float32(size) * draw(0, 6, 6)
+    operators.verify(operators.dense(a), key)
+    wrong = operators.from_matmat(lambda x: a @ x, (6, 6), rmatmat=lambda y: a @ y)
+    with pytest.raises(ValueError, match="rmatmat is not the adjoint"):
+        operators.verify(wrong, key)
+    with pytest.raises(ValueError, match="A is not linear"):
+        operators.verify(operators.from_matmat(lambda x: jnp.abs(a @ x), (6, 6)), key)

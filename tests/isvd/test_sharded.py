@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.sparse
+from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, Mesh
 
 from isvd import operators, sharded, spmm
@@ -73,3 +74,10 @@ def test_wrong_requests(mesh):
         sharded.row_sharded(matrix(), mesh, "data")
     with pytest.raises(ValueError, match=r"matrix has shape \(3,\), expected two axes"):
         sharded.row_sharded(np.ones(3), mesh, "rows")
+    with pytest.raises(ValueError, match="matrix is a BCOO, expected a scipy sparse matrix or an"):
+        sharded.row_sharded(BCOO.fromdense(np.eye(3)), mesh, "rows")
+
+
+def test_rows_of_a_list(mesh):
+    op = sharded.row_sharded([[1.0, 2.0], [3.0, 4.0]], mesh, "rows")
+    np.testing.assert_array_equal(op @ np.array([1.0, 10.0], "f"), [21, 43])

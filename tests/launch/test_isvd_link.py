@@ -134,6 +134,7 @@ def test_names_come_with_the_embeddings(tmp_path, program):
         assert saved["names"].tolist() == sorted(f"node{i}" for i in range(NUM_NODES))
         assert saved["left"].shape == (NUM_NODES, 2)
     # Two dimensions leave no second and third to show.
+    assert "no figure of the embedding: it shows dimensions 2 and 3, and there are 2" in answer[2]
     assert {p.name for p in (tmp_path / "run" / "figures").iterdir()} == {"roc.png", "spectrum.png"}
 
 
