@@ -29,6 +29,10 @@ from isvd.triplets import relative_residual
 # residual over s[0].
 Report = Callable[[str, int, float], None]
 
+# Products of these small matrices are compiled many times over: for the walks, the components, the
+# draws. Rows of few lengths take longer there even once compiled (Cora: 12 s of CPU time for 10).
+_compressed = functools.partial(sparse, layout="csr")
+
 
 class Fit(NamedTuple):
     """A classifier, and what the validation nodes said about the settings that were tried.
@@ -162,6 +166,7 @@ def node_embedding(
         negative_weight=negative_weight,
         symmetric=False,
         degree_factor=False,
+        leaf=_compressed,
     )
     factors = svd(walks, key, rank=rank, tol=tol)
     _tell(report, "walks", factors)
@@ -234,7 +239,7 @@ def planetoid_features(
     Source: section 3 and the reference's Planetoid script.
     """
     key_embed, key_pca = jax.random.split(key)
-    x = sparse(features) if hasattr(features, "tocsr") else dense(_floating(features))
+    x = _compressed(features) if hasattr(features, "tocsr") else dense(_floating(features))
     r_NR = node_embedding(adjacency, key_embed, rank=embedding_rank, report=report)
     r_NR = r_NR.astype(x.dtype)
     embedding = dense(r_NR)
@@ -434,5 +439,5 @@ def classify(
         pca_rank=pca_rank,
         report=report,
     )
-    design = propagated(sparse(normalized_adjacency(adjacency), z.dtype), z, num_hops)
+    design = propagated(_compressed(normalized_adjacency(adjacency), z.dtype), z, num_hops)
     return fit(design, labels_N, train_T, validation_V, key_fit, report=report, **fit_options)

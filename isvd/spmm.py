@@ -22,7 +22,7 @@ from isvd.operators import LinearOperator, _checked_shape, _Static, dtype_of
 _LEAST_COLUMNS = 8
 
 # From here on an SVD saves by "ell" what its compilation costs more within a few calls.
-_MANY_ENTRIES = 2**15
+_MANY_ENTRIES = 2**14
 
 
 def sparse(
@@ -37,7 +37,7 @@ def sparse(
         layout: "ell", rows cut to few lengths (`isvd.ell`), with the quicker products; "csr",
             compressed rows, which compile quicker, share one program between patterns of equally
             many entries, and have the quicker derivative by the block that is multiplied; or, by
-            default, "ell" from 32768 entries on and "csr" below (docs/benchmarks.md).
+            default, "ell" from 16384 entries on and "csr" below (docs/benchmarks.md).
     Raises:
         ValueError: if it is no such matrix, has other than two axes, or too many entries, or the
             layout is unknown.

@@ -220,7 +220,7 @@ def _deepened(
         pca_rank=cfg.deepen_pca_rank,
         report=report,
     )
-    step = isvd.sparse(design.normalized_adjacency(data.adjacency), z.dtype)
+    step = isvd.sparse(design.normalized_adjacency(data.adjacency), z.dtype, layout="csr")
     nodes = (data.labels_N, data.train_I, data.validation_I)
     fit = nodeclass.fit(
         design.propagated(step, z, cfg.deepen_hops),
