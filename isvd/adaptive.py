@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isvd.factorize import SVD, svd
+from isvd.factorize import SVD, check_integer, svd
 from isvd.operators import LinearOperator
 from isvd.orthonormal import orthonormalize
 from isvd.solve import approximation, frobenius_norm
-from isvd.triplets import thin_svd
+from isvd.triplets import positive, thin_svd
 
 
 def svd_to_error(
@@ -20,7 +20,7 @@ def svd_to_error(
     *,
     error: float,
     norm: str = "frobenius",
-    first_rank: int = 16,
+    first_rank: int | None = None,
     max_rank: int | None = None,
     samples: int = 32,
     tol: float | None = None,
@@ -34,38 +34,49 @@ def svd_to_error(
         error: relative, in (0, 1).
         norm: "frobenius", where what is left of A is estimated from `samples` products (relative
             standard error about sqrt(2 / samples) or less); or "spectral", where it is s[K].
-        first_rank: triplets of the first stage.   max_rank: where to stop, by default min(M, N).
+        first_rank: triplets of the first stage, by default 16, or all if they are fewer.
+        max_rank: where to stop, by default min(M, N).
+        samples: for the Frobenius norm, at least 2.
         tol: of each stage, as of `svd`.
     Returns:
-        SVD; `converged` is False if `max_rank` did not reach the error.
+        SVD; `converged` is False if `max_rank` did not reach the error, or A is not finite.
     Raises:
         ValueError: for values outside their range.
     """
     limit = min(op.shape)
+    why = f"for an operator of shape {op.shape}"
     max_rank = limit if max_rank is None else max_rank
+    check_integer("max_rank", max_rank, 1, limit, why)
+    first_rank = min(16, limit) if first_rank is None else first_rank
+    check_integer("first_rank", first_rank, 1, limit, why)
+    check_integer("samples", samples, 2)
     if not 0 < error < 1:
         raise ValueError(f"error={error}, expected a number between 0 and 1")
     if norm not in ("frobenius", "spectral"):
         raise ValueError(f"norm={norm!r}, expected frobenius or spectral")
-    if not 1 <= first_rank <= limit or not 1 <= max_rank <= limit:
-        raise ValueError(
-            f"first_rank={first_rank} and max_rank={max_rank}, expected 1 to {limit} for an "
-            f"operator of shape {op.shape}"
-        )
     factors, rest = None, op
     while True:
         key, stage_key, rest_key = jax.random.split(key, 3)
         known = 0 if factors is None else len(factors.s_K)
         rank = min(max(first_rank, known), max_rank - known)
         new = svd(rest, stage_key, rank=rank, tol=tol)
-        factors = new if factors is None else _joined(op, factors, new)
+        if factors is None:  # from here on of A / s[0], whose squares neither over- nor underflow
+            scale = positive(new.s_K[0])
+            op, factors = op / scale, _scaled(new, 1 / scale)
+        else:
+            factors = _joined(op, factors, new)
         rest = op - approximation(factors)
         complete = len(factors.s_K) == limit
-        tail = 0.0 if complete else float(frobenius_norm(rest, rest_key, samples=samples)[0])
-        enough = _enough(np.asarray(factors.s_K, np.float64), tail, error, norm, complete)
-        if enough is not None or len(factors.s_K) >= max_rank:
+        tail = 0.0
+        if norm == "frobenius" and not complete:
+            tail = float(frobenius_norm(rest, rest_key, samples=samples)[0])
+        s_K = np.asarray(factors.s_K, np.float64)
+        finite = np.isfinite(s_K.sum() + tail)
+        enough = _enough(s_K, tail, error, norm, complete) if finite else None
+        if enough is not None or len(s_K) >= max_rank or not finite:
             break
     kept = len(factors.s_K) if enough is None else max(enough, 1)
+    factors = _scaled(factors, scale)
     return SVD(
         factors.u_MK[:, :kept],
         factors.s_K[:kept],
@@ -74,6 +85,10 @@ def svd_to_error(
         factors.products,
         factors.converged & (enough is not None),
     )
+
+
+def _scaled(factors: SVD, scale: jax.Array) -> SVD:
+    return factors._replace(s_K=factors.s_K * scale, residual_K=factors.residual_K * scale)
 
 
 def _enough(s_K: np.ndarray, tail: float, error: float, norm: str, complete: bool) -> int | None:

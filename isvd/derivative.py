@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from isvd.operators import LinearOperator
-from isvd.triplets import SVD, matmul
+from isvd.triplets import SVD, matmul, positive
 
 
 def pull_back(
@@ -53,10 +53,12 @@ def svd_tangent(
     """The change of (u, s, v). Complex pairs turn so that both phases stay put."""
     u_MK, s_K, v_NK = factors[:3]
     p_KK = matmul(u_MK.conj().T, dav_MK)
-    gap_KK = (s_K - s_K[:, None]) * (s_K + s_K[:, None])  # s_j^2 - s_i^2
+    size = positive(s_K[0])
+    t_K, q_KK = s_K / size, p_KK / size  # so that squares neither overflow nor underflow
+    gap_KK = (t_K - t_K[:, None]) * (t_K + t_K[:, None])  # s_j^2 - s_i^2, over size^2
     f_KK = jnp.where(gap_KK != 0, 1 / jnp.where(gap_KK != 0, gap_KK, 1), 0)
-    inside_u = f_KK * (p_KK * s_K + s_K[:, None] * p_KK.conj().T)
-    inside_v = f_KK * (s_K[:, None] * p_KK + p_KK.conj().T * s_K)
+    inside_u = f_KK * (q_KK * t_K + t_K[:, None] * q_KK.conj().T)
+    inside_v = f_KK * (t_K[:, None] * q_KK + q_KK.conj().T * t_K)
     if jnp.iscomplexobj(p_KK):
         turn_KK = jnp.diag(0.5j * jnp.diagonal(p_KK).imag * inverse_of(s_K))
         inside_u, inside_v = inside_u + turn_KK, inside_v - turn_KK

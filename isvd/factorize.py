@@ -11,6 +11,7 @@ Axes: M rows, N columns, K rank, B block.
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from isvd.operators import LinearOperator, _Static
 from isvd.subspace import subspace_svd
 from isvd.triplets import SVD, Plan, signed, thin_svd
 
+_DTYPES = ("float32", "float64", "complex64", "complex128")  # those that LAPACK factors
 BLOCK = 8  # columns: a cache line of float64, and where the sparse product starts to pay
 
 
@@ -62,7 +64,8 @@ def svd(
             them need fewer products. If it reaches min(M, N) the matrix is formed and factored. By
             default 168 for rank 32, of which cycles use 104 until 1040 columns were multiplied.
         oversample: subspace iteration's p, by default min(rank, 30).
-        warm_start: an SVD of a similar operator, or its right vectors (N, any): the first block.
+        warm_start: an SVD of a similar operator, or its right vectors (N, any): the first block,
+            with noise of about 10 tol in it by which a triplet that they miss is found.
         report: called on the host, also from inside jit, after each pass over the basis or each
             subspace iteration, with the columns multiplied so far and the largest residual
             relative to s[0]. Another function is another program.
@@ -72,17 +75,21 @@ def svd(
     plan = _checked_plan(op, rank, method, tol, max_products, block, width, oversample, warm_start)
     plan = dataclasses.replace(plan, report=report)
     warm_NB = warm_start.v_NK if isinstance(warm_start, SVD) else warm_start
-    return _svd(plan, _hoisted(op), key, warm_NB)
+    return _svd(plan, hoisted(op), key, warm_NB)
 
 
-def _hoisted(op: LinearOperator) -> LinearOperator:
-    """The operator with traced arrays that a user's function closes over as arguments.
+def hoisted(op: LinearOperator) -> LinearOperator:
+    """The operator with traced arrays that a user's function holds as arguments.
 
-    The rule for gradients sees arguments only.
+    Rules for gradients see arguments only.
+
+    Raises:
+        ValueError: if it is no operator.
     """
+    _check_operator(op)
     products = []
     for product, size in ((op.matmat, op.shape[1]), (op.rmatmat, op.shape[0])):
-        if not _closes_over_something(product):
+        if not _holds_something(product):
             products.append(product)
             continue
         leaves, structure = jax.tree.flatten(product)
@@ -93,22 +100,33 @@ def _hoisted(op: LinearOperator) -> LinearOperator:
 
         example = jnp.zeros(size, op.dtype)
         converted, constants = jax.closure_convert(apply, example, *leaves)
-        hoisted = Partial(_applied, _Static(converted), leaves, constants)
-        products.append(hoisted if constants else product)
+        applied = Partial(_applied, _Static(converted), leaves, constants)
+        products.append(applied if constants else product)
     return dataclasses.replace(op, matmat=products[0], rmatmat=products[1])
 
 
-def _closes_over_something(product: Any) -> bool:
+def _holds_something(product: Any) -> bool:
     if isinstance(product, Partial):
         parts = [product.func, *product.args, *product.keywords.values()]
-        return any(map(_closes_over_something, parts))
+        return any(map(_holds_something, parts))
     if isinstance(product, tuple | list):
-        return any(map(_closes_over_something, product))
-    return callable(product) and getattr(product, "__closure__", True) is not None
+        return any(map(_holds_something, product))
+    if isinstance(product, FunctionType):
+        places = (product.__closure__, product.__defaults__, product.__kwdefaults__)
+        return any(place is not None for place in places)
+    return callable(product)  # a bound method, or another object with arrays of its own
 
 
 def _applied(fn: _Static, leaves: list, constants: list, x_NC: jax.Array) -> jax.Array:
     return jax.vmap(lambda x_N: fn.value(x_N, *leaves, *constants), 1, 1)(x_NC)
+
+
+def _check_operator(op: Any) -> None:
+    if not isinstance(op, LinearOperator):
+        raise ValueError(
+            f"op has type {type(op).__name__}, expected LinearOperator: isvd.dense and isvd.sparse "
+            "make one of a matrix"
+        )
 
 
 def _checked_plan(
@@ -122,17 +140,18 @@ def _checked_plan(
     oversample: int | None,
     warm_start: Any,
 ) -> Plan:
+    _check_operator(op)
     limit = min(op.shape)
-    _check_integer("rank", rank, 1, limit, f"min(M, N) of an operator of shape {op.shape}")
-    if op.dtype.kind not in "fc":
-        raise ValueError(f"op has dtype {op.dtype}, expected a real or complex floating type")
+    check_integer("rank", rank, 1, limit, f"min(M, N) of an operator of shape {op.shape}")
+    if op.dtype.name not in _DTYPES:
+        raise ValueError(f"op has dtype {op.dtype}, expected one of {', '.join(_DTYPES)}")
     if method not in ("krylov", "subspace"):
         raise ValueError(f"method={method!r}, expected krylov or subspace")
     if tol is not None and not 0 <= tol < 1:
         raise ValueError(f"tol={tol}, expected None, or from 0 to less than 1")
     if max_products is not None:
-        _check_integer("max_products", max_products, 1)
-    columns = None
+        check_integer("max_products", max_products, 1)
+    columns = 0
     if warm_start is not None:
         warm = warm_start.v_NK if isinstance(warm_start, SVD) else warm_start
         if np.ndim(warm) != 2 or np.shape(warm)[0] != op.shape[1]:
@@ -140,29 +159,29 @@ def _checked_plan(
                 f"warm_start has shape {np.shape(warm)}, expected right vectors "
                 f"({op.shape[1]}, any)"
             )
-        columns = min(np.shape(warm)[1], limit)
+        columns = np.shape(warm)[1]
     eps = float(jnp.finfo(op.dtype).eps)
 
     if method == "subspace":
         if block is not None or width is not None:
             raise ValueError("block and width are of method='krylov'; subspace has oversample")
         if oversample is not None:
-            _check_integer("oversample", oversample, 0)
+            check_integer("oversample", oversample, 0)
         extra = min(rank, 30) if oversample is None else oversample
-        size = min(rank + extra, limit) if columns is None else max(columns, rank)
+        size = min(max(rank, columns) + extra, limit)
         iterations = 10 if tol is None else 10_000
         most = max_products or 2 * (iterations + 1) * size
         return Plan(method, rank, size, rank, size, size, tol or 0.0, most)
     if oversample is not None:
         raise ValueError("oversample is of method='subspace'; krylov has block and width")
     if block is None:
-        block = min(columns or BLOCK, limit)
-    _check_integer("block", block, 1, limit, f"min(M, N) of an operator of shape {op.shape}")
+        block = min(max(columns, BLOCK), limit)
+    check_integer("block", block, 1, limit, f"min(M, N) of an operator of shape {op.shape}")
     kept = -(-(rank + block // 2) // block) * block
     least = kept + 2 * block
     narrow = kept + max(-(-max(8 * BLOCK, kept) // block), 2) * block
     if width is not None:
-        _check_integer("width", width, least, why=f"rank={rank} and block={block}")
+        check_integer("width", width, least, why=f"rank={rank} and block={block}")
         narrow = width = -(-width // block) * block
     elif max_products is not None and max_products <= PATIENCE * narrow:
         width = narrow
@@ -181,7 +200,7 @@ def _checked_plan(
     )
 
 
-def _check_integer(name: str, value: Any, low: int, high: int | None = None, why: str = "") -> None:
+def check_integer(name: str, value: Any, low: int, high: int | None = None, why: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise ValueError(f"{name}={value!r}, expected a whole number")
     if value < low or (high is not None and value > high):

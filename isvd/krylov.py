@@ -14,7 +14,16 @@ import jax.numpy as jnp
 
 from isvd.operators import LinearOperator
 from isvd.orthonormal import orthonormalize
-from isvd.triplets import SVD, Plan, matmul, positive, report_pass, signed, thin_svd
+from isvd.triplets import (
+    SVD,
+    Plan,
+    matmul,
+    mixed_start,
+    positive,
+    report_pass,
+    signed,
+    thin_svd,
+)
 
 # How many times the narrow width is multiplied before cycles get the whole one. Most spectra have
 # converged by then, and a wide cycle costs them more; flat ones need fewer products with it.
@@ -55,7 +64,7 @@ def krylov_svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Arra
     if warm_NB is None:
         left_MB = noise_XB[: op.shape[0]]
     else:
-        left_MB = op.matmat(warm_NB[:, : plan.block].astype(op.dtype))
+        left_MB = op.matmat(mixed_start(plan, noise_XB[: op.shape[1]], warm_NB))
         left_MB /= positive(jnp.abs(left_MB).max())
         products += plan.block
     right_NB = op.rmatmat(left_MB)

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from isvd.derivative import inverse_of, outside_span, pull_back
-from isvd.factorize import SVD, svd
+from isvd.factorize import SVD, check_integer, hoisted, svd
 from isvd.operators import LinearOperator, check_square, low_rank
 from isvd.orthonormal import orthonormalize
-from isvd.triplets import matmul
+from isvd.triplets import matmul, positive
 
 
 def approximation(factors: SVD) -> LinearOperator:
@@ -29,9 +30,31 @@ def low_rank_product(op: LinearOperator, factors: SVD, x_NC: jax.Array) -> jax.A
     """u diag(s) v^H x, where `factors` is `svd(op, ...)`, with gradients to `op` and x.
 
     The gradient is that of the best approximation of rank K: defined where s[K - 1] > s[K],
-    whatever is equal above. `factors` counts as a function of `op`, not as an input.
+    whatever is equal above (second derivatives only where nothing is). `factors` counts as a
+    function of `op`, not as an input.
+
+    Raises:
+        ValueError: if the sizes differ.
     """
-    return _low_rank_product(op, jax.lax.stop_gradient(factors), x_NC)
+    _check_factors(op, factors)
+    x_NC = _checked_block("x_NC", x_NC, op.shape[1], op.dtype)
+    if x_NC.ndim == 1:
+        return low_rank_product(op, factors, x_NC[:, None])[:, 0]
+    return _low_rank_product(hoisted(op), factors, x_NC)
+
+
+def _check_factors(op: LinearOperator, factors: SVD) -> None:
+    shape = (factors.u_MK.shape[0], factors.v_NK.shape[0])
+    if op.shape != shape:
+        raise ValueError(f"op has shape {op.shape}, and factors are of a matrix {shape}")
+
+
+def _checked_block(name: str, x_NC: jax.Array, size: int, dtype: np.dtype) -> jax.Array:
+    x_NC = jnp.asarray(x_NC)
+    if x_NC.ndim not in (1, 2) or x_NC.shape[0] != size:
+        raise ValueError(f"{name} has shape {x_NC.shape}, expected ({size},) or ({size}, columns)")
+    # Whole numbers have no cotangent that a rule could give back.
+    return x_NC if jnp.issubdtype(x_NC.dtype, jnp.inexact) else x_NC.astype(dtype)
 
 
 @jax.custom_vjp
@@ -79,33 +102,28 @@ def pinv_solve(
         y_MC: right sides, (M,) or (M, C).
         rcond: triplets with s <= rcond * s[0] are left out; by default eps * max(M, N).
         op: the operator of `factors`. If it is given, gradients reach it by a rule that holds for
-            equal values too; without it they pass through `factors`.
+            equal values too (not for second derivatives); without it they pass through `factors`.
     Returns:
         w_NC, or (N,).
     Raises:
         ValueError: if the sizes differ.
     """
     num_rows, num_columns = factors.u_MK.shape[0], factors.v_NK.shape[0]
-    y_MC = jnp.asarray(y_MC)
-    if y_MC.ndim not in (1, 2) or y_MC.shape[0] != num_rows:
-        raise ValueError(
-            f"y_MC has shape {y_MC.shape}, expected ({num_rows},) or ({num_rows}, columns)"
-        )
+    y_MC = _checked_block("y_MC", y_MC, num_rows, factors.u_MK.dtype)
+    if op is not None:
+        _check_factors(op, factors)
     if y_MC.ndim == 1:
         return pinv_solve(factors, y_MC[:, None], rcond=rcond, ridge=ridge, op=op)[:, 0]
     if rcond is None:
         rcond = float(jnp.finfo(factors.s_K.dtype).eps) * max(num_rows, num_columns)
     used_K = factors.s_K > rcond * factors.s_K[0]
-    s_K = jnp.where(used_K, factors.s_K, 0)
+    # Zeros for all of a triplet, so that the rule counts it as outside the span.
+    u_MK, s_K, v_NK = (jnp.where(used_K, part, 0) for part in factors[:3])
+    factors = factors._replace(u_MK=u_MK, s_K=s_K, v_NK=v_NK)
     ridge = jnp.asarray(ridge, s_K.dtype)
     if op is None:
-        return _solve(factors._replace(s_K=s_K), y_MC, ridge)
-    if op.shape != (num_rows, num_columns):
-        raise ValueError(
-            f"op has shape {op.shape}, and factors are of a matrix ({num_rows}, {num_columns})"
-        )
-    factors = jax.lax.stop_gradient(factors._replace(s_K=s_K))
-    return _pinv_solve(op, factors, y_MC, ridge)
+        return _solve(factors, y_MC, ridge)
+    return _pinv_solve(hoisted(op), factors, y_MC, ridge)
 
 
 def _solve(factors: SVD, y_MC: jax.Array, ridge: jax.Array) -> jax.Array:
@@ -125,21 +143,24 @@ def _pinv_solve(op: LinearOperator, factors: SVD, y_MC: jax.Array, ridge: jax.Ar
 
 
 def _pinv_forward(op, factors, y_MC, ridge):
-    return _solve(factors, y_MC, ridge), (op, factors, y_MC, ridge)
+    return _pinv_solve(op, factors, y_MC, ridge), (op, factors, y_MC, ridge)
 
 
 def _pinv_backward(saved, cotangent_NC):
     op, factors, y_MC, ridge = saved
     u_MK, s_K, v_NK = factors[:3]
     eps = float(jnp.finfo(op.dtype).eps)
-    g_K = _filter(s_K, ridge)  # s / (s^2 + ridge)
-    h_K = g_K * inverse_of(s_K)  # 1 / (s^2 + ridge)
+    g_K, inverse_K = _filter(s_K, ridge), inverse_of(s_K)
+    # A number even where ridge is so far above s^2 that g is 0.
+    largest = float(jnp.finfo(s_K.dtype).max)
+    share_KK = jnp.minimum(ridge * inverse_K[:, None] * inverse_K, largest)
 
     def tangent(dav_MK: jax.Array, dahu_NK: jax.Array) -> jax.Array:
         out_MK, out_NK = outside_span(op, factors, eps, dav_MK, dahu_NK)
         p_KK = matmul(u_MK.conj().T, dav_MK)
         # What u, s and v change together, their common denominators s_i^2 - s_j^2 cancelled.
-        inside_KK = ridge * h_K[:, None] * p_KK.conj().T * h_K - g_K[:, None] * p_KK * g_K
+        first_KK = g_K[:, None] * share_KK * p_KK.conj().T * g_K
+        inside_KK = first_KK - g_K[:, None] * p_KK * g_K
         uy_KC = matmul(u_MK.conj().T, y_MC)
         left_NK = matmul(v_NK, inside_KK) + out_NK * g_K
         return matmul(left_NK, uy_KC) + matmul(v_NK * g_K, matmul(out_MK.conj().T, y_MC))
@@ -173,25 +194,82 @@ class Eigen(NamedTuple):
 def eigh(op: LinearOperator, key: jax.Array, *, rank: int, **options: object) -> Eigen:
     """The eigenpairs of largest modulus of a symmetric (Hermitian) operator.
 
-    The SVD does not tell a value from its negative, so the small matrix v^H A v of one triplet
-    more than asked for is diagonalised.
+    The SVD does not tell a value from its negative. Its right and left vectors together span a
+    space that A maps to itself, on which A is diagonalised.
+
+    The gradient is that of Hermitian changes, defined for pairs whose value occurs once (its
+    negative may be there), and for symmetric functions of equal values that are all in the result.
 
     Args:
         options: as of `svd`.
+    Returns:
+        Eigen; `converged` is False too where A is not Hermitian.
     """
     check_square("eigh", op)
     size = op.shape[0]
-    factors = svd(op, key, rank=min(rank + 1, size) if rank <= size else rank, **options)
-    v_NK, _ = orthonormalize(factors.v_NK)
-    av_NK = op.matmat(v_NK)
-    small_KK = matmul(v_NK.conj().T, av_NK)
-    values_K, turn_KK = jnp.linalg.eigh((small_KK + small_KK.conj().T) / 2)
-    order_K = jnp.argsort(-jnp.abs(values_K))[:rank]
-    values_K, turn_KK = values_K[order_K], turn_KK[:, order_K]
-    x_NK, ax_NK = matmul(v_NK, turn_KK), matmul(av_NK, turn_KK)
-    residual_K = jnp.linalg.norm(ax_NK - x_NK * values_K, axis=0)
-    products = factors.products + v_NK.shape[1]
-    return Eigen(values_K, x_NK, residual_K, products, factors.converged)
+    op = hoisted(op)
+    fixed = jax.lax.stop_gradient(op)
+    factors = svd(fixed, key, rank=min(rank + 1, size) if rank <= size else rank, **options)
+    both_NX = jnp.hstack([factors.v_NK, factors.u_MK])
+    if both_NX.shape[1] > size:
+        both_NX = jnp.eye(size, dtype=op.dtype)
+    q_NX, _ = orthonormalize(both_NX)
+    aq_NX = fixed.matmat(q_NX)
+    small_XX = matmul(q_NX.conj().T, aq_NX)
+    values_X, turn_XX = jnp.linalg.eigh((small_XX + small_XX.conj().T) / 2)
+    x_NX, ax_NX = matmul(q_NX, turn_XX), matmul(aq_NX, turn_XX)
+    scale = positive(jnp.abs(values_X).max())  # so that squares neither overflow nor underflow
+    residual_X = jnp.linalg.norm((ax_NX - x_NX * values_X) / scale, axis=0)
+    # A span can hold little of a vector, and its residual is then large. Of values that are equal
+    # to rounding (more than were asked for), take others.
+    eps = float(jnp.finfo(op.dtype).eps)
+    tol = options.get("tol")
+    tol = eps ** (2 / 3) if tol is None else tol
+    size_X = jnp.abs(values_X) / scale - jnp.where(residual_X <= tol, 0, 100 * eps)
+    order_K = jnp.argsort(-size_X)[:rank]
+    residual_K = residual_X[order_K]
+    products = factors.products + q_NX.shape[1]
+    values_K, x_NK = _eigenpairs(op, values_X[order_K], x_NX[:, order_K])
+    return Eigen(values_K, x_NK, residual_K * scale, products, (residual_K <= tol).all())
+
+
+@jax.custom_vjp
+def _eigenpairs(
+    op: LinearOperator, values_K: jax.Array, x_NK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return values_K, x_NK
+
+
+def _eigenpairs_forward(op, values_K, x_NK):
+    pairs = _eigenpairs(op, values_K, x_NK)
+    return pairs, (op, *pairs)
+
+
+def _eigenpairs_backward(saved, cotangent):
+    op, values_K, x_NK = saved
+    size = positive(jnp.abs(values_K[0]))
+    gap_KK = (values_K - values_K[:, None]) / size
+    inverse_KK = jnp.where(gap_KK != 0, 1 / jnp.where(gap_KK != 0, gap_KK, 1), 0) / size
+    inverse_K = jnp.where(values_K != 0, 1 / jnp.where(values_K != 0, values_K, 1), 0)
+
+    def system(y_NK: jax.Array) -> jax.Array:
+        """(value - A') y over value, A' = A - x diag(values) x^H: eigenvalues from 0 to 2."""
+        rest_NK = op.matmat(y_NK) - matmul(x_NK * values_K, matmul(x_NK.conj().T, y_NK))
+        return y_NK - rest_NK * inverse_K
+
+    def tangent(dax_NK: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+        p_KK = matmul(x_NK.conj().T, dax_NK)
+        given_NK = (dax_NK - matmul(x_NK, p_KK)) * inverse_K
+        eps = float(jnp.finfo(op.dtype).eps)
+        out_NK, _ = jax.scipy.sparse.linalg.cg(system, given_NK, tol=eps, maxiter=1000)
+        return jnp.diagonal(p_KK).real, matmul(x_NK, inverse_KK * p_KK) + out_NK
+
+    # Of `factors` only the blocks of vectors are read.
+    factors = SVD(x_NK, values_K, x_NK, values_K, None, None)
+    return pull_back(op, factors, tangent, cotangent), None, None
+
+
+_eigenpairs.defvjp(_eigenpairs_forward, _eigenpairs_backward)
 
 
 def spectral_norm(op: LinearOperator, key: jax.Array, **options: object) -> jax.Array:
@@ -203,10 +281,17 @@ def spectral_norm(op: LinearOperator, key: jax.Array, **options: object) -> jax.
 def frobenius_norm(
     op: LinearOperator, key: jax.Array, *, samples: int = 32
 ) -> tuple[jax.Array, jax.Array]:
-    """An estimate of |A|_F^2 from `samples` products, without bias, and its standard error."""
-    signs_NS = _signs(key, op, samples)
-    square_S = jnp.square(jnp.abs(op.matmat(signs_NS))).sum(0)
-    return square_S.mean(), square_S.std(ddof=1) / samples**0.5
+    """An estimate of |A|_F^2 from `samples` products, without bias, and its standard error.
+
+    Raises:
+        ValueError: if `samples` is less than 2.
+    """
+    check_integer("samples", samples, 2)
+    x_MS = op.matmat(_signs(key, op, samples))
+    scale = positive(jax.lax.stop_gradient(jnp.abs(x_MS).max()))  # so that no square is lost
+    square_S = jnp.square(jnp.abs(x_MS / scale)).sum(0)
+    error = square_S.std(ddof=1) / samples**0.5
+    return square_S.mean() * scale * scale, error * scale * scale
 
 
 @functools.partial(jax.jit, static_argnames="samples")

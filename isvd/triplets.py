@@ -65,6 +65,20 @@ def positive(x: jax.Array) -> jax.Array:
     return jnp.where((x > 0) & jnp.isfinite(x), x, 1)
 
 
+def mixed_start(plan: Plan, noise_NB: jax.Array, warm_NB: jax.Array) -> jax.Array:
+    """Random columns, of which the first ones are known columns with a little noise in them.
+
+    Singular vectors alone span a space that products do not leave: every residual is 0, whatever
+    larger value they miss. With about 10 tol of each vector in them, a missed one keeps residuals
+    above `tol` until it is found.
+    """
+    warm_NB = warm_NB[:, : plan.block].astype(noise_NB.dtype)
+    warm_NB /= positive(jnp.linalg.norm(warm_NB, axis=0))
+    share = min(10 * max(plan.tol, float(jnp.finfo(noise_NB.dtype).eps)), len(noise_NB) ** -0.5)
+    columns = warm_NB.shape[1]
+    return noise_NB.at[:, :columns].set(warm_NB + share * noise_NB[:, :columns])
+
+
 def relative_residual(residual_K: jax.Array, s_K: jax.Array) -> jax.Array:
     """The largest residual over s[0]."""
     return residual_K.max() / positive(s_K[0])

@@ -50,11 +50,43 @@ def test_every_triplet_if_need_be():
     assert factors.converged
 
 
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_scale_changes_nothing(norm):
+    """Of 1e30 and 1e-30, whose squares float32 does not hold."""
+    wanted = svd_to_error(operators.dense(matrix()), KEY, error=0.3, norm=norm, first_rank=4)
+    for scale in (np.float32(1e30), np.float32(1e-30)):
+        op = operators.dense(scale * matrix())
+        factors = svd_to_error(op, KEY, error=0.3, norm=norm, first_rank=4)
+        assert len(factors.s_K) == len(wanted.s_K)
+        np.testing.assert_allclose(factors.s_K / scale, wanted.s_K, rtol=1e-5)
+        assert factors.residual_K.max() < 1e-4 * factors.s_K[0]
+        assert factors.converged
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_what_is_not_a_number_ends_at_once(norm, value):
+    a_MN = matrix()
+    a_MN[3, 5] = value
+    factors = svd_to_error(operators.dense(a_MN), KEY, error=0.1, norm=norm, first_rank=4)
+    assert len(factors.s_K) == 4
+    assert not factors.converged
+
+
+def test_small_matrices_need_no_first_rank():
+    factors = svd_to_error(operators.dense(np.diag([4.0, 2, 1, 0.1]).astype("f")), KEY, error=0.1)
+    np.testing.assert_allclose(factors.s_K, [4, 2, 1], rtol=1e-6)
+
+
 def test_wrong_requests():
     op = operators.identity(4)
     with pytest.raises(ValueError, match="error=1, expected a number between 0 and 1"):
         svd_to_error(op, KEY, error=1)
     with pytest.raises(ValueError, match="norm='nuclear', expected frobenius or spectral"):
         svd_to_error(op, KEY, error=0.1, norm="nuclear")
-    with pytest.raises(ValueError, match=r"first_rank=16 and max_rank=4, expected 1 to 4"):
-        svd_to_error(op, KEY, error=0.1)
+    with pytest.raises(ValueError, match="first_rank=5, expected from 1 to 4, for an operator"):
+        svd_to_error(op, KEY, error=0.1, first_rank=5)
+    with pytest.raises(ValueError, match=r"max_rank=2.5, expected a whole number"):
+        svd_to_error(op, KEY, error=0.1, max_rank=2.5)
+    with pytest.raises(ValueError, match="samples=1, expected at least 2"):
+        svd_to_error(op, KEY, error=0.1, samples=1)

@@ -1,5 +1,7 @@
 """Singular triplets against LAPACK's, and their derivatives against differences."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,10 +149,11 @@ def test_what_is_not_reached_is_said(sparse_matrix):
     check(spmm.sparse(sparse_matrix), sparse_matrix.toarray(), factors, tolerance=1)
 
 
-def test_not_a_number_ends_at_once(sparse_matrix):
+@pytest.mark.parametrize("method", ["krylov", "subspace"])
+def test_not_a_number_ends_at_once(sparse_matrix, method):
     broken = sparse_matrix.tocsr()
     broken.data[3] = np.nan
-    factors = svd(spmm.sparse(broken), KEY, rank=RANK, tol=1e-5)
+    factors = svd(spmm.sparse(broken), KEY, rank=RANK, tol=1e-5, method=method)
     assert not factors.converged
     assert factors.products < 300
 
@@ -204,6 +207,19 @@ def test_warm_start_saves_products():
     iterated = svd(op, KEY, rank=RANK, method="subspace", tol=1e-3)
     warm = svd(op, KEY, rank=RANK, method="subspace", tol=1e-3, warm_start=cold)
     assert warm.products < iterated.products
+
+
+@pytest.mark.parametrize("method", ["krylov", "subspace"])
+def test_warm_start_does_not_hide_what_it_misses(method):
+    """Exact singular vectors span a space that products do not leave: 30 is not in it."""
+    values = np.r_[30, np.linspace(10, 9, 8), np.linspace(1, 0, 491)].astype("float32")
+    place = np.random.default_rng(0).permutation(500)
+    op = operators.diagonal(values[place])
+    others = np.eye(500, dtype="float32")[:, np.argsort(place)[1:9]]
+    for start in (others[:, :4], others):
+        factors = svd(op, KEY, rank=4, method=method, tol=1e-3, warm_start=start)
+        np.testing.assert_allclose(factors.s_K, values[:4], rtol=1e-4)
+        assert factors.converged
 
 
 def test_later_cycles_are_wider_where_the_spectrum_is_flat():
@@ -294,6 +310,36 @@ def test_subspace_iteration_stops_at_its_tolerance(shape):
     assert miss_K.max() < 2e-4
 
 
+@pytest.mark.parametrize("shape", [(M, N), (N, M)])
+def test_subspace_iteration_at_every_scale(shape):
+    a_MN = with_values(SPECTRA["fast decay"], shape=shape).astype("float32")
+    find = functools.partial(svd, rank=RANK, method="subspace", tol=1e-3)
+    wanted = find(operators.dense(a_MN), KEY)
+    for scale in (np.float32(1e30), np.float32(1e-30)):
+        factors = find(operators.dense(scale * a_MN), KEY)
+        assert factors.converged
+        assert factors.products == wanted.products
+        np.testing.assert_allclose(factors.s_K / scale, wanted.s_K, rtol=1e-5)
+        np.testing.assert_allclose(factors.residual_K / scale, wanted.residual_K, atol=1e-6)
+
+
+def test_subspace_iteration_warm_started_counts_its_products():
+    calls = []
+
+    def product(a_MN, x_NC):
+        jax.debug.callback(lambda: calls.append(x_NC.shape[1]), ordered=False)
+        return a_MN @ x_NC
+
+    a_MN = with_values(SPECTRA["fast decay"], shape=(N, M)).astype("float32")
+    op = operators.from_matmat(
+        Partial(product, a_MN), (N, M), rmatmat=Partial(product, a_MN.T), block=True
+    )
+    start = np.linalg.svd(a_MN)[2][:5].T
+    factors = svd(op, KEY, rank=3, method="subspace", tol=1e-3, warm_start=start)
+    jax.effects_barrier()
+    assert sum(calls) == factors.products
+
+
 # Gradients ---------------------------------------------------------------------------------------
 
 GAPS = np.r_[10, 8, 6.5, 5, 3.5 * 0.97 ** np.arange(N - 4)]  # s[4] / s[3] = .7: a heavy tail
@@ -360,6 +406,54 @@ def test_gradient_reaches_what_a_function_closes_over(form):
         np.testing.assert_allclose(slope, (u_MK * (a_MN @ v_NK)).sum(1), rtol=1e-9, atol=1e-12)
 
 
+class Scaled:
+    def __init__(self, a_MN, scale_M):
+        self.a_MN, self.scale_M = a_MN, scale_M
+
+    def product(self, x_N):
+        return self.scale_M * (self.a_MN @ x_N)
+
+
+HOLDERS = {
+    "bound method": lambda a_MN, scale_M: Scaled(a_MN, scale_M).product,
+    "Partial": lambda a_MN, scale_M: Partial(Scaled(a_MN, scale_M).product),
+    "default": lambda a_MN, scale_M: lambda x_N, a=a_MN, scale=scale_M: scale * (a @ x_N),
+    "keyword": lambda a_MN, scale_M: lambda x_N, *, a=a_MN, scale=scale_M: scale * (a @ x_N),
+}
+
+
+@pytest.mark.parametrize("holder", list(HOLDERS))
+def test_gradient_reaches_what_a_function_holds(holder):
+    with jax.enable_x64(True):
+        a_MN = jnp.asarray(with_values(GAPS))[:40, :30]
+
+        def loss(scale_M):
+            product = HOLDERS[holder](a_MN, scale_M)
+            op = operators.from_matmat(product, (40, 30), jnp.float64)
+            return svd(op, KEY, rank=3).s_K.sum()
+
+        scale_M = np.random.default_rng(0).uniform(1, 2, 40)
+        slope = jax.jit(jax.grad(loss))(scale_M)
+        u_MK, _, v_NK = dense_triplets(scale_M[:, None] * a_MN, 3)
+        np.testing.assert_allclose(slope, (u_MK * (a_MN @ v_NK)).sum(1), rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_of_vectors_at_every_scale():
+    """Of 1e30 and 1e-30, whose squares float32 does not hold."""
+    a_MN = with_values(GAPS[:30], shape=(40, 30)).astype("float32")
+    weight = np.random.default_rng(0).normal(size=(40, 40)).astype("float32")
+
+    @jax.jit
+    @jax.grad
+    def slope(a_MN):
+        u_M = svd(operators.dense(a_MN), KEY, rank=3).u_MK[:, 0]
+        return u_M @ weight @ u_M
+
+    wanted = slope(a_MN)
+    for scale in (np.float32(1e30), np.float32(1e-30)):
+        np.testing.assert_allclose(scale * slope(scale * a_MN), wanted, atol=1e-5)
+
+
 def test_gradient_by_sparse_values(sparse_matrix):
     with jax.enable_x64(True):
         coo = sparse_matrix.tocoo()
@@ -410,7 +504,17 @@ def test_wrong_requests(case):
         svd(OP, KEY, **options)
 
 
-def test_integers_are_refused():
-    op = operators.dense(np.ones((6, 4), "int32"))
-    with pytest.raises(ValueError, match="op has dtype int32, expected a real or complex"):
+@pytest.mark.parametrize("dtype", ["int32", "float16", "bfloat16"])
+def test_other_types_are_refused(dtype):
+    op = operators.dense(jnp.ones((6, 4), dtype))
+    wanted = f"op has dtype {dtype}, expected one of float32, float64, complex64, complex128"
+    with pytest.raises(ValueError, match=wanted):
         svd(op, KEY, rank=1)
+
+
+@pytest.mark.parametrize("form", [np.asarray, scipy.sparse.csr_array])
+def test_matrices_are_no_operators(form):
+    matrix = form(np.ones((6, 4), "f"))
+    wanted = f"op has type {type(matrix).__name__}, expected LinearOperator: isvd.dense and isvd.s"
+    with pytest.raises(ValueError, match=wanted):
+        svd(matrix, KEY, rank=1)
