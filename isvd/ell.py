@@ -1,8 +1,8 @@
 """Products with sparse matrices as gathers of rows of equal length (sliced ELLPACK).
 
-The entries of a row are cut into pieces of at most 16, pieces are filled up to 1, 2, 4 or 16
-entries, and all pieces of a length are multiplied at once: rows of x are gathered, scaled and
-added. Where rows have several pieces these are summed in the same way, with a one for each.
+The entries of a row are cut into pieces of at most 16, pieces are filled up to 1, 4 or 16 entries,
+and all pieces of a length are multiplied at once: rows of x are gathered, scaled and added. A row
+of several pieces is then the sum of them: a matrix of ones, in the same form.
 
 Axes: M rows, N columns, C columns of a block, E stored entries, P pieces, L pieces of one length.
 """
@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-# Few, as each is an operation more. Between 4 and 16 none is worth one: with blocks of 8 columns
-# XLA on a CPU takes all columns of a piece at once from 14 entries on, below them one by one.
-_LENGTHS = np.array([1, 2, 4, 16])
+_LENGTHS = np.array([1, 4, 16])  # few: each is an operation more, and filling up costs little
 
 Level = tuple[tuple[jax.Array, jax.Array], ...]  # values and columns, each (L, length)
 
@@ -26,23 +24,13 @@ def product(values_E: Any, columns_E: np.ndarray, start: np.ndarray) -> Partial:
 
     `values_E` may be traced, the pattern may not.
     """
-    levels, num_pieces = [], 0
-    row_M = np.arange(len(start) - 1)  # those that this level cuts
-    place_M = np.empty(len(row_M), np.int64)  # of the piece that is all of a row, among all levels'
+    levels = []
     while True:
-        level, place_P, next_start = _level(values_E, columns_E, start)
+        level, place_P, start = _level(values_E, columns_E, start)
         levels.append(level)
-        place_P += num_pieces
-        num_pieces += len(place_P)
-        pieces_M = np.diff(next_start)
-        whole_M = pieces_M == 1
-        place_M[row_M[whole_M]] = place_P[next_start[:-1][whole_M]]
-        if whole_M.all():
-            return Partial(_apply, tuple(levels), jnp.asarray(place_M, jnp.uint32))
-        columns_E = place_P[np.repeat(~whole_M, pieces_M)]
-        values_E = jnp.ones(len(columns_E), values_E.dtype)
-        start = np.concatenate([[0], np.cumsum(pieces_M[~whole_M])])
-        row_M = row_M[~whole_M]
+        if len(place_P) == len(start) - 1:  # a piece for each row
+            return Partial(_apply, tuple(levels), jnp.asarray(place_P, jnp.uint32))
+        values_E, columns_E = jnp.ones(len(place_P), values_E.dtype), place_P
 
 
 def _level(
@@ -75,18 +63,11 @@ def _level(
 
 def _apply(levels: tuple[Level, ...], place_M: jax.Array, x_NC: jax.Array) -> jax.Array:
     x_NC = jnp.asarray(x_NC, jnp.result_type(levels[0][0][0], x_NC))
+    # In a loop XLA would take the slices of columns out of it, each an operation to compile.
     levels, x_NC = jax.lax.optimization_barrier((levels, x_NC))
-    num_pieces = sum(len(values_LK) for level in levels for values_LK, _ in level)
-    # Written part by part: XLA fuses a concatenation with what reads it, and looks up at each
-    # element in which part it lies.
-    sum_PC = jnp.zeros_like(x_NC, shape=(num_pieces, x_NC.shape[1]))
-    done = 0
     for level in levels:
-        for part_LC in [_gather_sum(*part, x_NC) for part in level]:
-            sum_PC = jax.lax.dynamic_update_slice_in_dim(sum_PC, part_LC, done, axis=0)
-            done += len(part_LC)
-        x_NC = sum_PC
-    return _rows(sum_PC, place_M)
+        x_NC = jnp.concatenate([_gather_sum(*part, x_NC) for part in level])
+    return _rows(x_NC, place_M)
 
 
 def _gather_sum(values_LK: jax.Array, columns_LK: jax.Array, x_NC: jax.Array) -> jax.Array:
