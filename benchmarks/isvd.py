@@ -481,7 +481,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with jax.enable_x64(args.float64):
         for name, make in problems(args.matrices, args.data, dtype).items():
             rows += measure(name, make, ["ours", *solvers], args.repetitions, args.limit)
-    print(timing.table(rows, COLUMNS))
+            print(timing.table(rows, COLUMNS), flush=True)  # each time, as the next may be stopped
     if args.json:
         timing.write_json(args.json, {"machine": machine, "solvers": rows})
 
