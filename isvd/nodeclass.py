@@ -30,7 +30,7 @@ from isvd.triplets import relative_residual
 Report = Callable[[str, int, float], None]
 
 # Products of these small matrices are compiled many times over: for the walks, the components, the
-# draws. Rows of few lengths take longer there even once compiled (Cora: 12 s of CPU time for 10).
+# draws. Rows of few lengths take longer there even once compiled (docs/benchmarks.md).
 _compressed = functools.partial(sparse, layout="csr")
 
 
