@@ -22,8 +22,9 @@ from jax.tree_util import Partial
 from isvd.derivative import pull_back, svd_tangent
 from isvd.krylov import PATIENCE, krylov_svd
 from isvd.operators import LinearOperator, _Static
+from isvd.orthonormal import orthonormalize
 from isvd.subspace import subspace_svd
-from isvd.triplets import SVD, Plan, signed, thin_svd
+from isvd.triplets import SVD, Plan, matmul, signed, thin_svd
 
 _DTYPES = ("float32", "float64", "complex64", "complex128")  # those that LAPACK factors
 BLOCK = 8  # columns: a cache line of float64, and where the sparse product starts to pay
@@ -243,9 +244,25 @@ _differentiable.defvjp(_svd_forward, _svd_backward)
 def _dense(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
     """min(M, N) products give the whole matrix, which a library factors."""
     del key, warm_NB
-    u_MK, s_K, vh_KN = thin_svd(op.to_dense())
     k = plan.rank
-    u_MK, v_NK = signed(u_MK[:, :k], vh_KN[:k].conj().T)
+    u_MK, s_K, v_NK = _leading(op.to_dense(), k)
+    u_MK, v_NK = signed(u_MK, v_NK)
     residual_K = jnp.zeros_like(s_K[:k])
     finite = jnp.isfinite(s_K).all()
     return SVD(u_MK, s_K[:k], v_NK, residual_K, jnp.int32(min(op.shape)), finite)
+
+
+def _leading(x_MN: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """u_MK, v_NK of the `rank` leading triplets, and all values."""
+    num_rows, num_columns = x_MN.shape
+    if num_rows < num_columns:
+        v_NK, s_K, u_MK = _leading(x_MN.conj().T, rank)
+        return u_MK, s_K, v_NK
+    if num_rows < 2 * num_columns:
+        u_MK, s_K, vh_KN = thin_svd(x_MN)
+        return u_MK[:, :rank], s_K, vh_KN[:rank].conj().T
+    # Of a long matrix by its triangle, and only as many long vectors as are wanted: 280 x 18048
+    # takes LAPACK's own SVD, which does so as well, two and a half times as long.
+    q_MN, r_NN = orthonormalize(x_MN)
+    x_NN, s_K, vh_KN = thin_svd(r_NN)
+    return matmul(q_MN, x_NN[:, :rank]), s_K, vh_KN[:rank].conj().T

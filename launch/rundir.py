@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 import time
 import types
@@ -153,6 +154,19 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
     os.replace(part, path)
 
 
+@contextmanager
+def _absent(package: str) -> Iterator[None]:
+    """Let imports do without a package, unless it has been imported before."""
+    hidden = package not in sys.modules
+    if hidden:
+        sys.modules[package] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[package]
+
+
 class RunDir:
     """Writes a run's folder; with `writer=False` (every process but one) it does nothing.
 
@@ -205,9 +219,10 @@ class RunDir:
 
     def _write_event(self, step: int, numbers: Mapping[str, float]) -> None:
         # Below SummaryWriter, whose queue and thread make a flush no promise.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
+        with _absent("torch"):  # which it would import where it can: two seconds, for nothing
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.proto.summary_pb2 import Summary
 
         if self._events is None:
             self._events = EventsWriter(str(self.path / "events"), f".{time.time_ns()}")

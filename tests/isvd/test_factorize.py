@@ -104,6 +104,17 @@ def test_small_matrices_at_every_rank(shape):
         assert factors.products == min(shape)
 
 
+@pytest.mark.parametrize("shape", [(300, 30), (30, 300)])
+@pytest.mark.parametrize("name", ["fast decay", "20 copies", "rank 3", "zero", "tiny", "huge"])
+def test_long_matrices_that_are_formed(name, shape):
+    a_MN = with_values(SPECTRA[name][:30], shape=shape, complex_=True)
+    op = operators.dense(a_MN.astype("complex64"))
+    factors = svd(op, KEY, rank=RANK)
+    check(op, a_MN, factors, tolerance=0)
+    assert factors.products == 30
+    assert factors.converged
+
+
 def test_wide_matrix_and_transposition():
     a_MN = with_values(SPECTRA["fast decay"], shape=(N, 700)).astype("float32")
     op = operators.dense(a_MN)

@@ -1,5 +1,6 @@
 """Tests of launch/rundir.py: what it refuses, and that what it writes is whole and strict JSON."""
 
+import importlib.util
 import json
 import os
 import struct
@@ -163,6 +164,19 @@ def test_scalars_are_on_disk_at_return_and_strict_json(tmp_path):
             run.scalars(4, {"loss": "low"} | {"object": object()})
     seen = [(step, tag, x) for step, tag, x, _ in events(tmp_path) if tag]
     assert seen == [(3, "loss", 0.5), (3, "bf16", 0.25), (3, "count", 7), (3, "solved", 1)]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
+def test_reports_do_not_load_torch(tmp_path):
+    program = """
+import sys
+from launch import rundir
+with rundir.RunDir(sys.argv[1], {"p": 29}, program="train") as run:
+    run.scalars(1, {"loss": 0.5})
+assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program, tmp_path], check=True, timeout=300)
+    assert [event[:3] for event in events(tmp_path)] == [(1, "loss", 0.5)]
 
 
 def events(folder):
