@@ -34,6 +34,14 @@ import scipy.sparse.linalg
 from benchmarks import timing
 
 RANK = 32
+MATRICES = (
+    "ppi walks",
+    "hepth walks",
+    "random graph 1e5, 1e6",
+    "fast decay 2e4",
+    "slow decay 2e4",
+    "dense 4000 x 2000",
+)
 # What is asked of values and of residuals, relative to s[0].
 ACCURACY = {"float32": (1e-6, 1e-4), "float64": (1e-12, 1e-8)}
 COLUMNS = {
@@ -169,15 +177,16 @@ def problems(names: Sequence[str], data: str, dtype: Any) -> dict[str, Callable[
         return Problem(isvd.dense(a_MN), a_MN, True)
 
     index = np.arange(20_000)
-    every = {
-        "ppi walks": lambda: graph("ppi"),
-        "hepth walks": lambda: graph("ca-HepTh"),
-        "random graph 1e5, 1e6": lambda: sparse_problem(random_graph(100_000, 1_000_000), dtype),
-        "fast decay 2e4": lambda: designed(0.9**index + 1e-7, 20_000, dtype),
-        "slow decay 2e4": lambda: designed((1 + index) ** -0.5, 20_000, dtype),
-        "dense 4000 x 2000": dense,
-    }
-    return {name: every[name] for name in names or every}
+    makers = (
+        lambda: graph("ppi"),
+        lambda: graph("ca-HepTh"),
+        lambda: sparse_problem(random_graph(100_000, 1_000_000), dtype),
+        lambda: designed(0.9**index + 1e-7, 20_000, dtype),
+        lambda: designed((1 + index) ** -0.5, 20_000, dtype),
+        dense,
+    )
+    every = dict(zip(MATRICES, makers, strict=True))
+    return {name: every[name] for name in names}
 
 
 # Solvers: setting -> triplets --------------------------------------------------------------------
@@ -462,7 +471,7 @@ def reference_values(problem: Problem) -> np.ndarray:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--matrices", nargs="+", default=[], help="by default every one")
+    parser.add_argument("--matrices", nargs="+", choices=MATRICES, default=list(MATRICES))
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     parser.add_argument("--repetitions", type=int, default=5, help="of each; default 5")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds of one try; default 20")
