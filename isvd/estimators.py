@@ -138,6 +138,11 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _operator(self, X: Any, *, reset: bool) -> tuple[LinearOperator, Any]:
         """X as an operator, and X itself where its entries are in memory."""
         if isinstance(X, LinearOperator):
+            if not jnp.issubdtype(X.dtype, jnp.floating):
+                raise ValueError(
+                    f"X has dtype {X.dtype}, expected a real floating type: "
+                    "isvd.svd(isvd.centered(X), ...) gives the components of complex data"
+                )
             if reset:
                 self.n_features_in_ = X.shape[1]
             elif X.shape[1] != self.n_features_in_:

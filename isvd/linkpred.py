@@ -38,9 +38,11 @@ def scores(factors: SVD, pairs_P2: Any, *, symmetric: bool = True) -> jax.Array:
             is not symmetric, and the mean predicts better (PPI: AUC .893 against .887).
     Source: section on network embedding; the reference's `score_sym`.
     """
-    return _pair_scores(
-        factors.u_MK, factors.s_K, factors.v_NK, _checked_pairs(pairs_P2), symmetric
-    )
+    pairs_P2 = _checked_pairs(pairs_P2)
+    if isinstance(pairs_P2, np.ndarray):  # whose 64 bits JAX would cut to 32
+        pairs_P2 = pairs_P2.astype(np.int64)
+        pairs_P2 = np.where((pairs_P2 >= 0) & (pairs_P2 < 2**31), pairs_P2, -1)
+    return _pair_scores(factors.u_MK, factors.s_K, factors.v_NK, pairs_P2, symmetric)
 
 
 def _pair_scores(

@@ -308,14 +308,15 @@ def fit(
         raise ValueError("the training nodes have one class, expected two or more")
     if not 0 <= rate < 1:
         raise ValueError(f"rate={rate}, expected from 0 to less than 1")
-    for name, value, least in (("draws", draws, 0), ("copies", copies, 1)):
+    whole = [("draws", draws, 0), ("copies", copies, 1), *(("ranks", rank, 1) for rank in ranks)]
+    for name, value, least in whole:
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name}={value!r}, expected a whole number, at least {least}")
     limit = min(len(train_T) * (1 + copies * (draws > 0)), design.shape[1])
     ranks = tuple(sorted({min(int(rank), limit) for rank in ranks}))
     ridges = tuple(float(ridge) for ridge in ridges)
     good = all(0 <= ridge < float("inf") for ridge in ridges)  # NaN is not
-    if not ranks or ranks[0] < 1 or not ridges or not good:
+    if not ranks or not ridges or not good:
         raise ValueError(f"ranks={ranks} and ridges={ridges}: expected some, from 1 and from 0")
 
     classes = int(labels_N[train_T].max()) + 1

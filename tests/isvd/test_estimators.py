@@ -130,6 +130,8 @@ def test_wrong_requests(counts):
         fitted.transform(operators.ones(3, 11))
     with pytest.raises(ValueError, match=r"X has shape \(3, 5\), expected \(M, 2\)"):
         fitted.inverse_transform(np.ones((3, 5)))
+    with pytest.raises(ValueError, match="X has dtype complex64, expected a real floating type"):
+        PCA(1).fit(operators.ones(5, 4, "complex64"))
     broken = counts.copy()
     broken.data[0] = np.nan
     with pytest.raises(ValueError, match="contains NaN"):

@@ -45,6 +45,13 @@ def test_scores_are_entries_of_the_low_rank_matrix():
     np.testing.assert_allclose(jitted, both, atol=1e-6)
 
 
+def test_scores_of_nodes_that_there_are_not_are_not_numbers():
+    factors, _ = random_factors()
+    for bad in (len(factors.u_MK), 2**32 + 1, -1, -(2**32)):
+        assert np.isnan(linkpred.scores(factors, np.array([[1, bad]]))).all()
+    assert np.isnan(linkpred.scores(factors, np.array([[1, 2**63 + 1]], np.uint64))).all()
+
+
 def test_embeddings_multiply_to_the_low_rank_matrix():
     factors, low_NN = random_factors()
     left_NK, right_NK = linkpred.embeddings(factors)

@@ -340,7 +340,9 @@ WRONG = {
     ),
     "rate": (lambda: fit_with(rate=1.0), "rate=1.0"),
     "draws": (lambda: fit_with(draws=-1), "draws=-1"),
-    "ranks": (lambda: fit_with(ranks=(0,)), r"ranks=\(0,\)"),
+    "ranks": (lambda: fit_with(ranks=(0,)), "ranks=0, expected a whole number, at least 1"),
+    "part of a rank": (lambda: fit_with(ranks=(2.7,)), "ranks=2.7, expected a whole number"),
+    "no ranks": (lambda: fit_with(ranks=()), r"ranks=\(\) and ridges"),
     "ridges": (lambda: fit_with(ridges=(-1.0,)), r"ridges=\(-1.0,\)"),
     "no ridge": (lambda: fit_with(ridges=(np.nan,)), r"ridges=\(nan,\)"),
     "components": (
