@@ -1,7 +1,6 @@
 """The figures of modgrok_inspect, from its arrays alone."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ def draw(all_arrays: Mapping[str, Arrays]) -> dict[str, Any]:
             xlabel=f"wrong labels among {own['several_RS'].shape[-1] - 1} examples",
             ylabel="accuracy",
         ),
-        "attention": make.attention_maps(own["attention_LHTT"][..., :48, :48]),
+        "attention": make.attention_maps(own["attention_LHTT"][..., :48, :48], layer_L),
         "heads": make.head_scores(
             {
                 "previous token": own["attention_previous_RLH"].mean(0),
@@ -54,9 +53,10 @@ def draw(all_arrays: Mapping[str, Arrays]) -> dict[str, Any]:
                 "first token": own["attention_first_RLH"].mean(0),
                 "same ratio": own["attention_ratio_RLH"].mean(0),
                 "ratio choice": own["attention_ratio_choice_RLH"].mean(0),
-            }
+            },
+            layer_L,
         ),
-        "offsets": make.attention_by_offset(own["attention_offset_LH3T"]),
+        "offsets": make.attention_by_offset(own["attention_offset_LH3T"], layer_L),
         "circle": make.circle_of_circles(
             own["component_LHN2"][at, head],
             modulus=modulus,
@@ -79,6 +79,7 @@ def draw(all_arrays: Mapping[str, Arrays]) -> dict[str, Any]:
         "neurons": make.neuron_fits(
             {kind: own[f"neuron_{kind}_RLF"][0] for kind in FITS},
             {kind: own[f"neuron_{kind}_null_ZLF"] for kind in FITS},
+            layer_L=layer_L,
         ),
     }
     if own["embedding_component_pC"].shape[1] == 3:
@@ -89,22 +90,7 @@ def draw(all_arrays: Mapping[str, Arrays]) -> dict[str, Any]:
         figures |= _intervention_figures(own)
     if "posterior_inclusion_GL" in own:
         figures["posterior"] = latent_figures.posterior_map(own["posterior_inclusion_GL"])
-        _renumber(figures, layer_L, own["attention_LHTT"].shape[1])
     return figures
-
-
-def _renumber(figures: Mapping[str, Any], layer_L: Sequence[int], heads: int) -> None:
-    """Blocks are drawn as 0, 1, ...: those of a network with gates have numbers of their own."""
-    for name in ("attention", "offsets", "neurons"):
-        for axes in figures[name].axes:
-            text = axes.get_title()
-            axes.title.set_text(re.sub(r"(?<=layer )\d+", lambda m: str(layer_L[int(m[0])]), text))
-    rows = [axes for axes in figures["heads"].axes if axes.get_title()]
-    rows += figures["patching"].axes[:1] if "patching" in figures else []
-    for axes in rows:
-        axes.set_yticks(range(len(layer_L)), layer_L)
-    names = head_names(layer_L, heads)
-    figures["ablation"].axes[0].set_xticks(range(len(names)), names)
 
 
 def _intervention_figures(own: Arrays) -> dict[str, Any]:
@@ -126,7 +112,7 @@ def _intervention_figures(own: Arrays) -> dict[str, Any]:
     effect_R = own["patched_clean_R"] - own["patched_corrupt_R"]
     gained_LT = (own["patched_residual_RLT"] - own["patched_corrupt_R"][:, None, None]).mean(0)
     figures = {
-        "ablation": make.effects_of_heads(bars, layers, heads),
+        "ablation": make.effects_of_heads(bars, layer_L, heads),
         "ablation_shots": make.curves(
             dict(zip(names, accuracy_GS, strict=True)),
             xlabel="examples (unseen tasks, train inputs; mean in place of a head)",
@@ -143,5 +129,5 @@ def _intervention_figures(own: Arrays) -> dict[str, Any]:
     }
     if patching(own)["effect_beyond_zero"]:
         share_LT = gained_LT / effect_R.mean()
-        figures["patching"] = make.patching_map(share_LT, match=match_of(shots))
+        figures["patching"] = make.patching_map(share_LT, match=match_of(shots), layer_L=layer_L)
     return figures

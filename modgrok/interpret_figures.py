@@ -1,6 +1,8 @@
 """Figures of what a network learned: of `interpret`, `grids` and `interventions`.
 
 Every function takes arrays and returns a `matplotlib.figure.Figure`, as those of `modgrok.figures`.
+Layers are called 0, 1, ... where no `layer_L` gives them other numbers, such as the open ones among
+those that were trained.
 
 Axes: L layers  H heads  T tokens  S shots  p residues  N = p^2 inputs (x slowest)  K panels
       F neurons  Q frequencies
@@ -23,15 +25,16 @@ _COLORS = (_BLUE, _VERMILION, _GREEN, "#CC79A7", "#E69F00", "#56B4E9", "black")
 _DPI = 110
 
 
-def attention_maps(weight_LHTT: ArrayLike) -> "Figure":
+def attention_maps(weight_LHTT: ArrayLike, layer_L: Sequence[int] | None = None) -> "Figure":
     """The weights of every head on one sequence: query down, key to the right, one row a layer."""
     weight_LHTT = np.asarray(weight_LHTT)
     layers, heads = weight_LHTT.shape[:2]
+    layer_L = range(layers) if layer_L is None else layer_L
     figure, axes_LH = _grid(layers, heads, 2.1)
     for layer, head in np.ndindex(layers, heads):
         axes = axes_LH[layer, head]
         image = axes.imshow(weight_LHTT[layer, head], vmin=0, vmax=1, cmap="magma")
-        axes.set_title(f"layer {layer}, head {head}", fontsize=8)
+        axes.set_title(f"layer {layer_L[layer]}, head {head}", fontsize=8)
         axes.tick_params(labelsize=6)
     figure.colorbar(image, ax=axes_LH, label="attention weight", shrink=0.8)
     figure.supxlabel("key (token)", fontsize=9)
@@ -39,7 +42,7 @@ def attention_maps(weight_LHTT: ArrayLike) -> "Figure":
     return figure
 
 
-def head_scores(score: Mapping[str, ArrayLike]) -> "Figure":
+def head_scores(score: Mapping[str, ArrayLike], layer_L: Sequence[int] | None = None) -> "Figure":
     """A table of colours for each score: name -> value_LH, from 0 to 1, heads across layers."""
     values = {name: np.asarray(value) for name, value in score.items()}
     figure, axes_11 = _grid(1, len(values), 2.2)
@@ -50,23 +53,25 @@ def head_scores(score: Mapping[str, ArrayLike]) -> "Figure":
             color = "black" if value > 0.6 else "white"
             axes.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color, size=7)
         axes.set_title(name, fontsize=8)
-        axes.set(xticks=range(value_LH.shape[1]), yticks=range(value_LH.shape[0]))
+        axes.set_xticks(range(value_LH.shape[1]))
+        axes.set_yticks(range(value_LH.shape[0]), layer_L)
         axes.set_xlabel("head", fontsize=8)
     axes_11[0, 0].set_ylabel("layer", fontsize=8)
     figure.colorbar(image, ax=axes_11, shrink=0.8)
     return figure
 
 
-def attention_by_offset(offset_LH3T: ArrayLike) -> "Figure":
+def attention_by_offset(offset_LH3T: ArrayLike, layer_L: Sequence[int] | None = None) -> "Figure":
     """Mean weight by distance from query to key, a line for each kind of query (x, y, z)."""
     offset_LH3T = np.asarray(offset_LH3T)
     layers, heads = offset_LH3T.shape[:2]
+    layer_L = range(layers) if layer_L is None else layer_L
     figure, axes_LH = _grid(layers, heads, 2.1, sharex=True, sharey=True)
     for layer, head in np.ndindex(layers, heads):
         axes = axes_LH[layer, head]
         for phase, name in enumerate("xyz"):
             axes.plot(offset_LH3T[layer, head, phase], color=_COLORS[phase], lw=1, label=name)
-        axes.set_title(f"layer {layer}, head {head}", fontsize=8)
+        axes.set_title(f"layer {layer_L[layer]}, head {head}", fontsize=8)
         axes.tick_params(labelsize=6)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.supxlabel("offset (tokens)", fontsize=9)
@@ -142,10 +147,14 @@ def token_spectrum(
 
 
 def neuron_fits(
-    share: Mapping[str, ArrayLike], shuffled: Mapping[str, ArrayLike], num_bins: int = 20
+    share: Mapping[str, ArrayLike],
+    shuffled: Mapping[str, ArrayLike],
+    num_bins: int = 20,
+    layer_L: Sequence[int] | None = None,
 ) -> "Figure":
     """How many neurons have which best R^2, in each basis: share_LF, beside shuffled tokens."""
     layers = np.asarray(next(iter(share.values()))).shape[0]
+    layer_L = range(layers) if layer_L is None else layer_L
     figure, axes_KL = _grid(len(share), layers, 2.6, sharex=True)
     for row, name in enumerate(share):
         for layer in range(layers):
@@ -158,7 +167,7 @@ def neuron_fits(
                     values, np.linspace(0, 1, num_bins + 1), density=True, histtype="step",
                     color=color, label=label,
                 )  # fmt: skip
-            axes.set_title(f"{name} basis, layer {layer}", fontsize=8)
+            axes.set_title(f"{name} basis, layer {layer_L[layer]}", fontsize=8)
             axes.set_xlabel("best R²", fontsize=8)
     axes_KL[0, 0].legend(frameon=False, fontsize=7)
     return figure
@@ -210,17 +219,19 @@ def effects(effect: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]], ylabel
 
 
 def effects_of_heads(
-    effect: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]], layers: int, heads: int
+    effect: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]], layer_L: Sequence[int], heads: int
 ) -> "Figure":
     """`effects` of silencing each head: axes name layer.head; effects are changes of accuracy."""
     figure = effects(effect, "change of accuracy")
-    names = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
+    names = [f"{layer}.{head}" for layer in layer_L for head in range(heads)]
     figure.axes[0].set_xticks(range(len(names)), names)
     figure.axes[0].set_xlabel("silenced: layer.head")
     return figure
 
 
-def patching_map(share_LT: ArrayLike, *, match: int) -> "Figure":
+def patching_map(
+    share_LT: ArrayLike, *, match: int, layer_L: Sequence[int] | None = None
+) -> "Figure":
     """Recovered share of the effect by layer and patched position; marks the corrupted label."""
     share_LT = np.asarray(share_LT, float)
     layers, length = share_LT.shape
@@ -228,7 +239,8 @@ def patching_map(share_LT: ArrayLike, *, match: int) -> "Figure":
     image = axes.imshow(share_LT, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
     ticks = np.arange(0, length, 3)
     axes.set_xticks(ticks, [f"x{t // 3}" for t in ticks], fontsize=6)
-    axes.set(yticks=range(layers), ylabel="after layer", xlabel="patched position (shot from 0)")
+    axes.set_yticks(range(layers), layer_L)
+    axes.set(ylabel="after layer", xlabel="patched position (shot from 0)")
     axes.axvline(3 * match + 2, color=_GREEN, lw=0.8)
     figure.colorbar(image, ax=axes, label="share recovered")
     return figure

@@ -31,6 +31,23 @@ def test_maps_of_heads_are_in_the_order_of_layers():
     ]
 
 
+def test_layers_have_the_numbers_that_are_given():
+    per_head = figures.attention_maps(np.ones((2, 1, 4, 4)), [3, 6])
+    offsets = figures.attention_by_offset(np.ones((2, 1, 3, 5)), [3, 6])
+    for figure in (per_head, offsets):
+        assert [axes.get_title() for axes in figure.axes[:2]] == [
+            "layer 3, head 0",
+            "layer 6, head 0",
+        ]
+    share = {"log": np.ones((2, 30))}
+    neurons = figures.neuron_fits(share, share, layer_L=[3, 6])
+    assert [axes.get_title() for axes in neurons.axes] == [f"log basis, layer {i}" for i in (3, 6)]
+    tables = figures.head_scores({"own x": np.ones((2, 1))}, [3, 6])
+    patched = figures.patching_map(np.ones((2, 8)), match=1, layer_L=[3, 6])
+    for figure in (tables, patched):
+        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["3", "6"]
+
+
 def test_offsets_have_a_line_for_each_kind_of_query():
     offset_LH3T = RNG.uniform(size=(1, 2, 3, 5))
     figure = figures.attention_by_offset(offset_LH3T)
@@ -85,10 +102,10 @@ def test_effects_draw_means_and_intervals():
         "zero": ([-0.1, 0.2], [-0.2, 0.1], [0.0, 0.3]),
         "mean": ([0, 0], [np.nan] * 2, [np.nan] * 2),
     }
-    figure = figures.effects_of_heads(effect, 1, 2)
+    figure = figures.effects_of_heads(effect, [3], 2)
     axes = figure.axes[0]
     assert [bar.get_height() for bar in axes.patches] == [-0.1, 0.2, 0, 0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.0", "0.1"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["3.0", "3.1"]
 
 
 def test_other_maps_and_curves():
