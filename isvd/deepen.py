@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from isvd.nodeclass import checked_labels, checked_nodes
+from isvd.nodeclass import check_disjoint, checked_labels, checked_nodes
 from isvd.operators import LinearOperator
 
 
@@ -39,7 +39,8 @@ class Finetuned(NamedTuple):
             model itself if nothing was better.
         best_step: updates that they had, from 0 to S.
         loss_S: the loss of each step, before its update, in nats, weight decay included.
-        accuracy_S1: validation accuracy from 0 to 1, before training and after each step.
+        accuracy_S1: validation accuracy from 0 to 1, before training and after each step; NaN,
+            which is never better, where logits are.
     """
 
     params: Params
@@ -93,8 +94,10 @@ def apply(
             below 1, by a mask of its own for each branch, before the bias and before A. Without a
             key nothing is dropped.
     Raises:
-        ValueError: if shapes do not fit, or features are no floating-point numbers.
+        ValueError: if shapes do not fit, features are no floating-point numbers, or `dropout` is
+            outside its range.
     """
+    _check_dropout(dropout)
     width = params.out_pos_HFC.shape[1]
     num_nodes = adjacency_hat.shape[0]
     if adjacency_hat.shape != (num_nodes, num_nodes) or x_NF.shape != (num_nodes, width):
@@ -132,6 +135,11 @@ def apply(
     return logits_NC + output(h_NF, tuple(w[-1] for w in outs), last_key)
 
 
+def _check_dropout(dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}, expected from 0 to less than 1")
+
+
 def _drop(rate: float, x: jax.Array, key: jax.Array | None, branch: int) -> jax.Array:
     if key is None or rate == 0:
         return x
@@ -161,7 +169,7 @@ def finetune(
 
     Args:
         labels_N: classes, from 0; those of other nodes than the two sets are not looked at.
-        train_T, validation_V: node numbers.
+        train_T, validation_V: node numbers, none in both.
     Raises:
         ValueError: for nodes, labels or settings outside their range.
     """
@@ -171,10 +179,10 @@ def finetune(
         largest = labels_N[checked_nodes(name, index, labels_N)].max()
         if largest >= classes:
             raise ValueError(f"{name} has a node with label {largest}, expected 0 to {classes - 1}")
+    check_disjoint(train_T, validation_V)
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
         raise ValueError(f"steps={steps!r}, expected a whole number, at least 1")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout}, expected from 0 to less than 1")
+    _check_dropout(dropout)
     settings = (int(steps), float(dropout))
     rates = jnp.asarray([learning_rate, weight_decay], x_NF.dtype)
     index = (jnp.asarray(train_T), jnp.asarray(validation_V))
@@ -208,8 +216,10 @@ def _finetune(
 
     def measure(params: Params) -> jax.Array:
         logits_NC = apply(params, adjacency_hat, x_NF)
-        predicted_V = logits_NC[validation_V].argmax(1).astype(labels_N.dtype)
-        return (predicted_V == labels_N[validation_V]).mean()
+        logits_VC = logits_NC[validation_V]
+        predicted_V = logits_VC.argmax(1).astype(labels_N.dtype)
+        accuracy = (predicted_V == labels_N[validation_V]).mean()
+        return jnp.where(jnp.isnan(logits_VC).any(), jnp.nan, accuracy)
 
     def step(state: tuple, number: jax.Array) -> tuple[tuple, tuple]:
         params, opt_state, best, best_step, best_accuracy = state
@@ -221,7 +231,7 @@ def _finetune(
         better = accuracy > best_accuracy
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, best)
         best_step = jnp.where(better, number + 1, best_step)
-        best_accuracy = jnp.maximum(accuracy, best_accuracy)
+        best_accuracy = jnp.where(better, accuracy, best_accuracy)
         return (params, opt_state, best, best_step, best_accuracy), (loss, accuracy)
 
     first = measure(params)

@@ -60,7 +60,7 @@ def link_operator(
         leaf: what makes the operator of a scipy matrix and a dtype; give `row_sharded` with its
             mesh and axis to spread the rows over devices.
     Raises:
-        ValueError: if the adjacency is not sparse or not square, or for an empty window.
+        ValueError: if the adjacency is not sparse, not square or complex, or for an empty window.
     Source: Abu-El-Haija et al., NeurIPS 2021, section on network embedding.
     """
     adjacency = _checked_graph(adjacency)
@@ -89,7 +89,7 @@ def normalized_adjacency(
         symmetric: divide by the roots of the degrees on both sides, or by the degrees on the left.
             Degrees are row sums, each at least 1.
     Raises:
-        ValueError: if the adjacency is not sparse or not square.
+        ValueError: if the adjacency is not sparse, not square or complex.
     Source: section 3, whose A + I sets loops that exist to one, too.
     """
     adjacency = _checked_graph(adjacency)
@@ -109,6 +109,8 @@ def _checked_graph(adjacency: Any) -> scipy.sparse.csr_array:
         )
     if adjacency.shape[0] != adjacency.shape[1]:
         raise ValueError(f"adjacency has shape {adjacency.shape}, expected a square one")
+    if adjacency.dtype.kind == "c":
+        raise ValueError(f"adjacency has dtype {adjacency.dtype}, expected real weights")
     # float64, so that degrees are exact whatever the type of the entries
     return scipy.sparse.csr_array(adjacency).astype(np.float64)
 

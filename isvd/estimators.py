@@ -1,7 +1,9 @@
 """Estimators with scikit-learn's interface, for its pipelines: `TruncatedSVD` and `PCA`.
 
-They take arrays, scipy sparse matrices and operators, and never make a sparse matrix dense: PCA
-subtracts the mean as an operator of rank one. scikit-learn has to be installed.
+They take arrays, sparse matrices of scipy or JAX, and operators, and never make a sparse matrix
+dense: PCA subtracts the mean as an operator of rank one. From an array it is subtracted in float64
+beforehand, since of deviations from a large mean float32 keeps few digits. scikit-learn has to be
+installed.
 
 Results have JAX's dtypes: float32 also for float64 data, unless x64 is on, and scikit-learn's
 `check_estimator` asks for that.
@@ -15,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
+from jax.experimental.sparse import JAXSparse
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from isvd.algebra import centered
@@ -24,6 +27,7 @@ from isvd.factorize import svd
 from isvd.operators import LinearOperator, dense
 from isvd.solve import frobenius_norm
 from isvd.spmm import sparse
+from isvd.triplets import positive
 
 
 class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -60,7 +64,7 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return tags
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Factor a matrix (M, N): an array, a scipy sparse matrix, or an operator."""
+        """Factor a matrix (M, N): an array, a sparse one of scipy or JAX, or an operator."""
         self._fit(X)
         return self
 
@@ -72,28 +76,26 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def transform(self, X: Any) -> np.ndarray:
         """Other data of as many features in terms of the components, (M, K)."""
         check_is_fitted(self, "components_")
-        op, _ = self._operator(X, reset=False)
-        components_NK = jnp.asarray(self.components_.T, op.dtype)
-        scores_MK = np.asarray(op.matmat(components_NK))
-        return scores_MK - self.mean_.astype(op.dtype) @ self.components_.T.astype(op.dtype)
+        op = self._operator(self._checked(X, reset=False), self._mean_N)
+        return np.asarray(op.matmat(jnp.asarray(self.components_.T, op.dtype)))
 
     def inverse_transform(self, X: Any) -> np.ndarray:
-        """The features (M, N) that components (M, K) stand for."""
+        """The features (M, N) that components (M, K), an array or sparse, stand for."""
         check_is_fitted(self, "components_")
-        X = np.asarray(X)
-        if X.ndim != 2 or X.shape[1] != len(self.components_):
+        X = check_array(X, accept_sparse=["csr", "csc", "coo"], dtype=[np.float64, np.float32])
+        if X.shape[1] != len(self.components_):
             raise ValueError(f"X has shape {X.shape}, expected (M, {len(self.components_)})")
         return X @ self.components_ + self.mean_
 
     def _fit(self, X: Any) -> np.ndarray:
-        op, entries = self._operator(X, reset=True)
-        num_samples, num_features = op.shape
+        x_MN = self._checked(X, reset=True)
+        num_samples, num_features = x_MN.shape
         least = 2 if self._centers else 1
         if num_samples < least:
             raise ValueError(
                 f"n_samples={num_samples}, expected at least {least}: one has no spread"
             )
-        limit = min(op.shape)
+        limit = min(x_MN.shape)
         rank = self.n_components
         if (
             isinstance(rank, bool)
@@ -105,38 +107,45 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 f"n_samples={num_samples} and n_features={num_features}"
             )
         key_svd, key_norm = jax.random.split(jax.random.key(self._seed()))
-        if entries is None:
-            one_M1 = jnp.ones((num_samples, 1), op.dtype)
-            mean_N = np.asarray(op.rmatmat(one_M1))[:, 0] / num_samples
+        if isinstance(x_MN, LinearOperator):
+            one_M1 = jnp.ones((num_samples, 1), x_MN.dtype)
+            mean_N = np.asarray(x_MN.rmatmat(one_M1))[:, 0] / num_samples
         else:
-            mean_N, total = _mean_and_variation(entries)
-            mean_N = mean_N.astype(op.dtype)
-        around = centered(op, jnp.asarray(mean_N, op.dtype))
-        factors = svd(around if self._centers else op, key_svd, rank=int(rank), tol=self.tol)
+            mean_N, total = _mean_and_variation(x_MN)
+        op = self._operator(x_MN, mean_N)
+        factors = svd(op, key_svd, rank=int(rank), tol=self.tol)
         u_MK, s_K, v_NK = (np.asarray(part) for part in factors[:3])
         peak_K = v_NK[np.abs(v_NK).argmax(0), np.arange(rank)]
         turn_K = np.where(peak_K < 0, -1, 1).astype(v_NK.dtype)
         u_MK, v_NK = u_MK * turn_K, v_NK * turn_K
 
-        if entries is None:
-            total = float(frobenius_norm(around, key_norm, samples=256)[0])
+        # Squares are of float64: float32 holds those of 1e-19 to 1e19.
+        size = float(positive(factors.s_K[0]))
+        if isinstance(x_MN, LinearOperator):
+            around = centered(x_MN, jnp.asarray(mean_N, x_MN.dtype)) / size
+            total = float(frobenius_norm(around, key_norm, samples=256)[0]) * size**2
         count = num_samples - 1 if self._centers else num_samples
-        scores_MK = u_MK * s_K
-        variance_K = np.square(s_K) / count if self._centers else scores_MK.var(0)
+        wide_K = s_K.astype(np.float64)
+        variance_K = np.square(wide_K) / count if self._centers else (u_MK * wide_K).var(0)
         self.components_ = np.ascontiguousarray(v_NK.T)
-        self.mean_ = mean_N if self._centers else np.zeros_like(mean_N)
+        self._mean_N = mean_N if self._centers else np.zeros_like(mean_N)
+        self.mean_ = self._mean_N.astype(s_K.dtype)
         self.singular_values_ = s_K
-        self.explained_variance_ = variance_K
+        with np.errstate(over="ignore"):
+            self.explained_variance_ = variance_K.astype(s_K.dtype)
         # The components are part of it; of constant features both are rounding.
         whole = max(total / count, float(variance_K.sum()))
-        self.explained_variance_ratio_ = variance_K / (whole if whole > 0 else 1)
+        ratio_K = variance_K / (whole if whole > 0 else 1)
+        self.explained_variance_ratio_ = ratio_K.astype(s_K.dtype)
         self.residuals_ = np.asarray(factors.residual_K)
         self.n_iter_ = int(factors.products)
         self._n_features_out = int(rank)
         return u_MK
 
-    def _operator(self, X: Any, *, reset: bool) -> tuple[LinearOperator, Any]:
-        """X as an operator, and X itself where its entries are in memory."""
+    def _checked(self, X: Any, *, reset: bool) -> Any:
+        """X as an array, a scipy sparse matrix, or an operator."""
+        if isinstance(X, JAXSparse):
+            X = sparse(X)
         if isinstance(X, LinearOperator):
             if not jnp.issubdtype(X.dtype, jnp.floating):
                 raise ValueError(
@@ -150,8 +159,8 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                     f"X has {X.shape[1]} features, but {type(self).__name__} is expecting "
                     f"{self.n_features_in_} features as input"
                 )
-            return X, None
-        X = validate_data(
+            return X
+        return validate_data(
             self,
             X,
             reset=reset,
@@ -159,7 +168,13 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             dtype=[np.float64, np.float32],
             ensure_min_samples=2 if reset and self._centers else 1,
         )
-        return (sparse(X) if scipy.sparse.issparse(X) else dense(X)), X
+
+    def _operator(self, x_MN: Any, mean_N: np.ndarray) -> LinearOperator:
+        """What is factored: the matrix, less the mean of its features if that is wanted."""
+        if isinstance(x_MN, LinearOperator) or scipy.sparse.issparse(x_MN):
+            op = x_MN if isinstance(x_MN, LinearOperator) else sparse(x_MN)
+            return centered(op, jnp.asarray(mean_N, op.dtype)) if self._centers else op
+        return dense((x_MN - mean_N).astype(x_MN.dtype) if self._centers else x_MN)
 
     def _seed(self) -> int:
         if isinstance(self.random_state, int | np.integer):

@@ -14,7 +14,7 @@ import optax
 import scipy.sparse
 
 from isvd.design import link_operator
-from isvd.factorize import SVD, svd
+from isvd.factorize import SVD, check_integer, svd
 from isvd.readers import adjacency
 
 RANKS = (4, 8, 16, 32, 64, 128, 256)
@@ -161,12 +161,17 @@ class RankChoice(NamedTuple):
     auc_R: np.ndarray
 
 
+def ranks_for(num_nodes: int) -> tuple[int, ...]:
+    """Those of `RANKS` that a graph of so many nodes has, or 1."""
+    return tuple(rank for rank in RANKS if rank <= num_nodes) or (1,)
+
+
 def choose_rank(
     edges_E2: Any,
     num_nodes: int,
     key: jax.Array,
     *,
-    ranks: Sequence[int] = RANKS,
+    ranks: Sequence[int] | None = None,
     fraction: float = 0.15,
     negatives_per_edge: int = 5,
     tol: float | None = None,
@@ -180,17 +185,20 @@ def choose_rank(
 
     Args:
         edges_E2: training edges, each in one direction or both.
-        ranks: those to try.
+        ranks: those to try; by default `ranks_for(num_nodes)`.
         fraction: of the distinct edges that is held out, between 0 and 1.
         negatives_per_edge: random pairs for each held-out edge.
         tol: of `svd`.   link_options: of `design.link_operator`.
     Raises:
-        ValueError: for nodes or settings outside their range, or if almost all pairs are joined.
+        ValueError: for nodes or settings outside their range, if almost all pairs are joined, or if
+            no rank has finite scores.
     Differs from the reference's rule, which is `choose_rank_leaky`.
     """
     edges_E2 = np.asarray(_checked_pairs(edges_E2, num_nodes, "edges_E2"))
     if not 0 < fraction < 1:
         raise ValueError(f"fraction={fraction}, expected between 0 and 1")
+    check_integer("negatives_per_edge", negatives_per_edge, 1)
+    ranks = ranks_for(num_nodes) if ranks is None else ranks
     key_split, key_negative, key_svd = jax.random.split(key, 3)
     distinct_E2 = np.unique(np.sort(edges_E2, axis=1), axis=0)
     num_held = round(fraction * len(distinct_E2))
@@ -211,7 +219,7 @@ def choose_rank_leaky(
     num_nodes: int,
     key: jax.Array,
     *,
-    ranks: Sequence[int] = RANKS,
+    ranks: Sequence[int] | None = None,
     fraction: float = 0.6,
     negatives_per_edge: int = 5,
     tol: float | None = None,
@@ -224,6 +232,8 @@ def choose_rank_leaky(
     the test pairs). Negatives are uniform pairs, whether joined or not; ties go to the larger rank.
     """
     edges_E2 = np.asarray(_checked_pairs(edges_E2, num_nodes, "edges_E2"))
+    check_integer("negatives_per_edge", negatives_per_edge, 1)
+    ranks = ranks_for(num_nodes) if ranks is None else ranks
     key_split, key_negative, key_svd = jax.random.split(key, 3)
     arcs_P2 = np.concatenate([edges_E2, edges_E2[:, ::-1]])
     arcs_P2 = arcs_P2[np.asarray(jax.random.permutation(key_split, len(arcs_P2)))]
@@ -247,8 +257,8 @@ def _auc_by_rank(
     tol: float | None,
     link_options: dict[str, Any],
 ) -> np.ndarray:
-    if not len(ranks) or min(ranks) < 1:
-        raise ValueError(f"ranks={tuple(ranks)}, expected some, at least 1")
+    if np.ndim(ranks) != 1 or not len(ranks) or min(ranks) < 1:
+        raise ValueError(f"ranks={ranks!r}, expected some, at least 1")
     factors = svd(link_operator(graph, **link_options), key, rank=max(ranks), tol=tol)
     auc = []
     for rank in ranks:
@@ -260,14 +270,17 @@ def _auc_by_rank(
 
 def _choice(ranks: Sequence[int], auc_R: np.ndarray, ties: int) -> RankChoice:
     """The rank with the best AUC: of equals the larger with ties = 1, the smaller with -1."""
-    best = max(range(len(ranks)), key=lambda i: (auc_R[i], ties * ranks[i]))
+    if np.isnan(auc_R).all():
+        raise ValueError(
+            f"the AUC is NaN for each of ranks={tuple(ranks)}, expected finite scores: check "
+            "negative_weight and window"
+        )
+    best = max(range(len(ranks)), key=lambda i: (np.nan_to_num(auc_R[i], nan=-1), ties * ranks[i]))
     return RankChoice(int(ranks[best]), tuple(ranks), auc_R)
 
 
 def _absent_pairs(edges_E2: np.ndarray, num_nodes: int, count: int, key: jax.Array) -> np.ndarray:
     """`count` pairs i < j, drawn evenly from those that are not among `edges_E2` (i <= j)."""
-    if count < 1:
-        raise ValueError("negatives_per_edge must be at least 1")
     known = edges_E2[:, 0].astype(np.int64) * num_nodes + edges_E2[:, 1]
     found, missing = [], count
     for attempt in range(100):

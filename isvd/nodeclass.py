@@ -42,7 +42,8 @@ class Fit(NamedTuple):
         weights_DC: W, the mean over dropout draws.
         rank, ridge: the settings with the best validation accuracy; among equals the larger ridge,
             then the smaller rank.
-        accuracy_RP: validation accuracy, 0 to 1, of each rank and ridge that was tried.
+        accuracy_RP: validation accuracy, 0 to 1, of each rank and ridge that was tried; NaN where
+            scores are.
     """
 
     scores_NC: jax.Array
@@ -91,6 +92,8 @@ def closed_form(
 def accuracy(scores_NC: Any, labels_N: Any, index_I: Any) -> float:
     """The fraction of the nodes `index_I` whose largest score is that of their label.
 
+    NaN if one of their scores is.
+
     Raises:
         ValueError: if there are none, some are outside 0 to N - 1, or have no label (-1).
     """
@@ -100,7 +103,10 @@ def accuracy(scores_NC: Any, labels_N: Any, index_I: Any) -> float:
         raise ValueError(
             f"scores_NC has shape {scores_NC.shape}, expected ({len(labels_N)}, classes)"
         )
-    return float((scores_NC[index_I].argmax(1) == labels_N[index_I]).mean())
+    scores_IC = scores_NC[index_I]
+    if np.isnan(scores_IC).any():
+        return float("nan")
+    return float((scores_IC.argmax(1) == labels_N[index_I]).mean())
 
 
 def checked_labels(labels_N: Any, num_nodes: int) -> np.ndarray:
@@ -141,6 +147,20 @@ def checked_nodes(name: str, index: Any, labels_N: np.ndarray) -> np.ndarray:
             f"{name} has {missing.sum()} nodes without a label, the first is {index[missing][0]}"
         )
     return index
+
+
+def check_disjoint(train_T: np.ndarray, validation_V: np.ndarray) -> None:
+    """Refuse nodes that are in both sets, of which validation says nothing.
+
+    Raises:
+        ValueError: naming one.
+    """
+    both = np.intersect1d(train_T, validation_V)
+    if both.size:
+        raise ValueError(
+            f"train_T and validation_V share {both.size} nodes, the first is {both[0]}: expected "
+            "none in both"
+        )
 
 
 # Features ----------------------------------------------------------------------------------------
@@ -289,9 +309,9 @@ def fit(
         draws: 0 fits the clean rows alone, without forming them (copies and rate are not used).
         report: as of `classify`; of all draws together, with the largest of their residuals.
     Raises:
-        ValueError: for nodes out of range or without a label, labels or a design of another type,
-            less than two classes in the training rows, training rows that are all zero, or
-            settings outside their range.
+        ValueError: for nodes out of range, without a label or in both sets, labels or a design of
+            another type, less than two classes in the training rows, training rows that are all
+            zero, scores that are NaN whatever the setting, or settings outside their range.
     Source: section 3; one draw, one rank and no ridge are the paper's "iSVD + dropout".
     """
     if not jnp.issubdtype(design.dtype, jnp.floating):
@@ -299,6 +319,7 @@ def fit(
     labels_N = checked_labels(labels_N, design.shape[0])
     train_T = checked_nodes("train_T", train_T, labels_N)
     validation_V = checked_nodes("validation_V", validation_V, labels_N)
+    check_disjoint(train_T, validation_V)
     if labels_N[train_T].max() >= len(labels_N):
         raise ValueError(
             f"train_T has a node with label {labels_N[train_T].max()}, expected 0 to "
@@ -308,6 +329,9 @@ def fit(
         raise ValueError("the training nodes have one class, expected two or more")
     if not 0 <= rate < 1:
         raise ValueError(f"rate={rate}, expected from 0 to less than 1")
+    for name, values in (("ranks", ranks), ("ridges", ridges)):
+        if np.ndim(values) != 1:
+            raise ValueError(f"{name}={values!r}, expected a sequence of numbers")
     whole = [("draws", draws, 0), ("copies", copies, 1), *(("ranks", rank, 1) for rank in ranks)]
     for name, value, least in whole:
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
@@ -394,8 +418,13 @@ def _chosen(
     scores_NGC = scores.reshape(-1, num_settings, classes)
     accuracy_G = [accuracy(scores_NGC[:, g], labels_N, validation_V) for g in range(num_settings)]
     accuracy_RP = np.reshape(accuracy_G, (len(ranks), len(ridges)))
+    if np.isnan(accuracy_G).all():
+        raise ValueError(
+            "the scores of the validation nodes are NaN with every rank and ridge: check the "
+            "features"
+        )
     order = [(ridge, -rank) for rank in ranks for ridge in ridges]
-    best = max(range(num_settings), key=lambda g: (accuracy_G[g], *order[g]))
+    best = max(range(num_settings), key=lambda g: (np.nan_to_num(accuracy_G[g], nan=-1), *order[g]))
     ridge, minus_rank = order[best]
     return Fit(scores_NGC[:, best], weights_DGC[:, best], -minus_rank, ridge, accuracy_RP)
 

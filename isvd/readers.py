@@ -244,9 +244,9 @@ def read_edges(
             for `.npz`. Nodes without edges are in the graph only without this.
         num_nodes: by default one more than the largest id, or the size of the matrix.
         delimiter: one character in place of the one that the suffix tells.
-        header: whether the first row is a header. By default one is found where columns have a
-            delimiter, and the first row has no number but the second has; with names there, where
-            a header cannot be told from an edge, this is to be given.
+        header: whether the first row is a header. By default one is found where the first row has
+            no number but the second has; with names there, where a header cannot be told from an
+            edge, this is to be given.
         ignore_extra: whether to leave aside what is more than two columns, such as weights or
             times, and the values of a matrix. By default more columns, or values other than 1, are
             an error, for they would be lost.
@@ -378,12 +378,12 @@ def _load_text(
     if len(rows) <= header:
         raise ValueError(f"{path}: no edges, expected at least one row")
     line, first = rows[header]
-    _check_columns(path, line, first, ignore_extra)
+    _check_columns(path, line, first, delimiter, ignore_extra)
     numbers = all(map(_is_number, first[:2]))
     ids_E2 = _load_numbers(path, delimiter, line - 1, ignore_extra) if numbers else None
     if ids_E2 is None:  # names, or damage: the slow way finds the line
         rows = itertools.islice(_rows(path, delimiter), int(header), None)
-        ids_E2 = _parse(path, rows, numbers, names, ignore_extra)
+        ids_E2 = _parse(path, rows, delimiter, numbers, names, ignore_extra)
 
     def place(row: int) -> str:
         line, _ = next(itertools.islice(_rows(path, delimiter), row + header, None))
@@ -415,11 +415,16 @@ def _load_numbers(
 
 
 def _parse(
-    path: Path, rows: Iterator, numbers: bool, names: bool, ignore_extra: bool
+    path: Path,
+    rows: Iterator,
+    delimiter: str | None,
+    numbers: bool,
+    names: bool,
+    ignore_extra: bool,
 ) -> np.ndarray:
     ids = []
     for line, columns in rows:
-        _check_columns(path, line, columns, ignore_extra)
+        _check_columns(path, line, columns, delimiter, ignore_extra)
         for name in columns[:2]:
             if numbers or not names:
                 _check_number(path, line, name, names)
@@ -453,14 +458,15 @@ def _open_text(path: Path) -> Any:
 
 
 def _has_header(path: Path, rows: list, delimiter: str | None, names: bool) -> bool:
-    if delimiter is None or not rows or any(map(_is_number, rows[0][1])):
+    if not rows or any(map(_is_number, rows[0][1])):
         return False
     if len(rows) == 2 and any(map(_is_number, rows[1][1])):
         return True
     if names:
+        _check_white_space(path, *rows[0], delimiter)
         raise ValueError(
-            f"{path}, line {rows[0][0]}: {','.join(rows[0][1])!r} may be a header or an edge; "
-            "give header=True or header=False"
+            f"{path}, line {rows[0][0]}: {(delimiter or ' ').join(rows[0][1])!r} may be a header "
+            "or an edge; give header=True or header=False"
         )
     return True
 
@@ -469,7 +475,20 @@ def _is_number(text: str) -> bool:
     return _WHOLE_NUMBER.fullmatch(text) is not None
 
 
-def _check_columns(path: Path, line: int, columns: list[str], ignore_extra: bool) -> None:
+def _check_white_space(path: Path, line: int, columns: list[str], delimiter: str | None) -> None:
+    """Without a delimiter no name begins or ends with one: "0, 1" is not from node "0," to 1."""
+    marks = [mark for name in columns[:2] for mark in (name[:1], name[-1:]) if mark in (",", ";")]
+    if marks and delimiter is None:
+        raise ValueError(
+            f"{path}, line {line}: a {marks[0]!r} stands at the white space between columns, "
+            f"expected white space alone; give delimiter={marks[0]!r}"
+        )
+
+
+def _check_columns(
+    path: Path, line: int, columns: list[str], delimiter: str | None, ignore_extra: bool
+) -> None:
+    _check_white_space(path, line, columns, delimiter)
     if len(columns) < 2 or (len(columns) > 2 and not ignore_extra):
         hint = "; ignore_extra=True leaves the others aside" if len(columns) > 2 else ""
         few = "1 column" if len(columns) == 1 else f"{len(columns)} columns"
@@ -500,7 +519,8 @@ def read_asymproj(folder: str | os.PathLike) -> LinkSplit:
     Raises:
         FileNotFoundError: naming the file that is missing.
         ValueError: if an array is not as above, an id of the test files is not below `num_nodes`,
-            or negatives are edges, of either direction, of the train or the test file.
+            or, in either direction, test edges are edges of the train file, or negatives are edges
+            of the train or the test file.
     """
     paths = [_existing(Path(folder, f"{name}.txt.npy")) for name in ("train", "test", "test.neg")]
     train_E2, test_E2, negative_E2 = map(_load_array, paths)
@@ -509,13 +529,18 @@ def read_asymproj(folder: str | os.PathLike) -> LinkSplit:
         _checked_edges(str(path), edges_E2, num_nodes)
         for path, edges_E2 in zip(paths, (train_E2, test_E2, negative_E2), strict=True)
     ]
-    negative_E = _pair_keys(negative_E2, num_nodes)
-    for path, edges_E2 in zip(paths[:2], arrays[:2], strict=True):
-        wrong_E = np.isin(negative_E, _pair_keys(edges_E2, num_nodes))
+    keys = [_pair_keys(edges_E2, num_nodes) for edges_E2 in arrays]
+    train, test, negative = range(3)
+    for part, other, what in (
+        (test, train, "test edges"),
+        (negative, train, "negatives"),
+        (negative, test, "negatives"),
+    ):
+        wrong_E = np.isin(keys[part], keys[other])
         if wrong_E.any():
             raise ValueError(
-                f"{paths[2]}: {wrong_E.sum()} of {len(wrong_E)} negatives are edges of "
-                f"{path.name}, for example {_pair(negative_E2[wrong_E.argmax()])}"
+                f"{paths[part]}: {wrong_E.sum()} of {len(wrong_E)} {what} are edges of "
+                f"{paths[other].name}, for example {_pair(arrays[part][wrong_E.argmax()])}"
             )
     return LinkSplit(*arrays, num_nodes)
 

@@ -3,11 +3,13 @@
 --graph is a folder with a split (train.txt.npy, test.txt.npy, test.neg.txt.npy), or an edge list,
 of which a part is then held out for the test with as many pairs that are no edges. The graph is
 undirected. Files: embeddings.npz (left and right embedding of every node, names if the edge list
-has names), scores.npz (test pairs and their scores). stdout ends with one line of JSON.
+has names), scores.npz (test pairs and their scores). stdout ends with one line of JSON. Status 1 if
+the tolerance was not reached: the files are written all the same.
 """
 
 import dataclasses
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ PRESETS: dict[str, dict[str, object]] = {
 _SPLIT_FILES = ("train.txt.npy", "test.txt.npy", "test.neg.txt.npy")
 _FRACTION = 0.15  # of an edge list that is held out unless told
 _LEAST_PICTURED = 3  # dimensions
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class LinkConfig(program.SpreadConfig):
         "32", "dimensions of an embedding, or auto: chosen on held-out train edges", group="Model"
     )
     window: int = field(10, "longest walk", unit="steps", min=1)
-    negative_weight: float = field(0.02, "weight of pairs that are no edges", min=0)
+    negative_weight: float = field(0.02, "weight of pairs that are no edges", min=0, max=_LARGEST)
     tol: float | None = field(
         None, "residual to reach, relative to the largest value; none: 2.4e-5"
     )
@@ -129,7 +132,7 @@ def _choose_rank(cfg: LinkConfig, split: Any, say: Callable[..., None]) -> Any:
     from isvd import linkpred
 
     choose = linkpred.choose_rank_leaky if cfg.leaky_rank_choice else linkpred.choose_rank
-    ranks = [rank for rank in linkpred.RANKS if rank <= split.num_nodes] or [1]
+    ranks = linkpred.ranks_for(split.num_nodes)
     say(f"choosing the rank among {', '.join(map(str, ranks))} on held-out train edges")
     key = program.key_for(cfg, 0)
     options = {"ranks": ranks, "tol": cfg.tol, **cfg.design}
@@ -219,8 +222,6 @@ def _result(
         "test_edges": len(problem.split.test_E2),
     }
     say(f"AUC {result['auc']:.4f} +- {result['auc_std']:.4f} over {len(rows)} random starts")
-    if not result["converged"]:
-        say(f"the tolerance was not reached: the residual is {result['residual']:.1e}")
     return result
 
 
@@ -288,7 +289,23 @@ def _picture(left_NK: np.ndarray, train_E2: np.ndarray) -> Any:
     return figure
 
 
-_PROGRAM = program.Program(PROGRAM, _inputs, _prepare, _work, _draw)
+def _status(cfg: LinkConfig, result: dict[str, Any]) -> int:
+    if result["converged"]:
+        return 0
+    # A finished run that is told again has null for what is no number.
+    if result["auc"] is None or np.isnan(result["auc"]):
+        told = f"--negative_weight={cfg.negative_weight:g}: scores overflow; expected a smaller one"
+    else:
+        tol = "the default" if cfg.tol is None else f"{cfg.tol:g}"
+        told = (
+            f"--tol={tol} was not reached: the residual is {result['residual']:.1e}; give a larger "
+            "--tol"
+        )
+    print(f"{PROGRAM}: {told}", file=sys.stderr)
+    return 1
+
+
+_PROGRAM = program.Program(PROGRAM, _inputs, _prepare, _work, _draw, _status)
 
 
 def main(cfg: LinkConfig) -> int:

@@ -184,7 +184,7 @@ def _one(cfg: NodeConfig, problem: _Problem, key: Any, say: Callable[..., None])
         report=report,
     )
     row: dict[str, Any] = {
-        "validation_accuracy": float(fit.accuracy_RP.max()),
+        "validation_accuracy": float(np.nanmax(fit.accuracy_RP)),
         "test_accuracy": nodeclass.accuracy(fit.scores_NC, data.labels_N, data.test_I),
         "rank": fit.rank,
         "ridge": fit.ridge,
@@ -239,7 +239,7 @@ def _deepened(
     )
     scores_NC = np.asarray(deepen.apply(tuned.params, step, x_NF))
     row = {
-        "shallow_validation_accuracy": float(fit.accuracy_RP.max()),
+        "shallow_validation_accuracy": float(np.nanmax(fit.accuracy_RP)),
         "shallow_test_accuracy": nodeclass.accuracy(fit.scores_NC, data.labels_N, data.test_I),
         "deepened_validation_accuracy": nodeclass.accuracy(
             scores_NC, data.labels_N, data.validation_I

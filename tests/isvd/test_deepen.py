@@ -207,6 +207,20 @@ def test_where_nothing_is_better_the_closed_form_stays():
     jax.tree.map(np.testing.assert_array_equal, result.params, params)
 
 
+@pytest.mark.parametrize("learning_rate", [np.nan, 1e38])
+def test_weights_that_are_no_numbers_are_never_the_best(learning_rate):
+    """Though the largest of NaN is class 0, which here is right everywhere."""
+    params, hat, x_NF, _ = network()
+    before = jnp.argmax(deepen.apply(params, hat, x_NF), 1)[VALIDATION]
+    assert (before != 0).any()
+    result = finetuned(labels=np.zeros(N, int), learning_rate=learning_rate)
+    accuracies = np.asarray(result.accuracy_S1)
+    assert accuracies[0] == pytest.approx((before == 0).mean())
+    assert np.isnan(accuracies[-1])
+    assert int(result.best_step) == np.nanargmax(accuracies)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
+
+
 def test_options_change_the_result():
     first = finetuned()
     np.testing.assert_array_equal(first.loss_S, finetuned().loss_S)
@@ -228,6 +242,20 @@ WRONG = {
     "float labels": (lambda: finetuned(labels=LABELS / 1), "labels_N has dtype float64, expected"),
     "steps": (lambda: finetuned(steps=0), "steps=0"),
     "dropout": (lambda: finetuned(dropout=1.0), "dropout=1.0"),
+    "dropout of one pass": (
+        lambda: deepen.apply(*network()[:3], key=jax.random.key(0), dropout=1.5),
+        "dropout=1.5, expected from 0 to less than 1",
+    ),
+    "dropout of all": (
+        lambda: deepen.apply(*network()[:3], dropout=1.0),
+        "dropout=1.0, expected from 0 to less than 1",
+    ),
+    "both sets": (
+        lambda: deepen.finetune(
+            *network()[:3], LABELS, TRAIN, np.arange(5, N), jax.random.key(0), steps=1
+        ),
+        "train_T and validation_V share 1 nodes, the first is 5",
+    ),
     "classes": (
         lambda: finetuned(start=deepen.init(np.ones((3, F, 2), "f"))),
         "train_T has a node with label 2, expected 0 to 1",

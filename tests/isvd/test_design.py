@@ -173,6 +173,10 @@ WRONG = {
     "no weights": (lambda: design.link_operator(csr(np.eye(2)), window=[]), r"shape \(0,\)"),
     "dense graph": (lambda: design.link_operator(np.eye(2)), "a ndarray, expected a scipy sparse"),
     "oblong": (lambda: design.normalized_adjacency(csr(np.ones((2, 3)))), r"\(2, 3\), expected a"),
+    "complex graph": (
+        lambda: design.link_operator(csr(1j * np.eye(2))),
+        "adjacency has dtype complex128, expected real weights",
+    ),
     "hops": (lambda: design.propagated(A, X, -1), "num_hops=-1, expected"),
     "rows": (lambda: design.propagated(A, X.T, 1), r"\(3, 3\) and features \(2, 3\): expected as"),
     "square": (lambda: design.propagated(X, X, 1), r"propagated: A has shape \(3, 2\)"),

@@ -1,9 +1,11 @@
 """Against scikit-learn's own estimators with their exact solvers."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse
+from jax.experimental import sparse as jax_sparse
 
 sklearn = pytest.importorskip("sklearn")
 
@@ -102,6 +104,64 @@ def test_shares_of_the_variance_in_float32(form, centers):
         assert given.nnz == before.nnz
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_large_mean_takes_no_digits_from_the_components(dtype):
+    """Of 1e4 float32 holds thousandths, of the deviations from it ten millionths."""
+    rng = np.random.default_rng(3)
+    x_MN = (1e4 + rng.normal(size=(60, 30)) * np.linspace(0.5, 3, 30)).astype(dtype)
+    other_MN = (1e4 + rng.normal(size=(7, 30))).astype(dtype)
+    wanted = DensePCA(3, svd_solver="full").fit(x_MN.astype("float64"))
+    ours = PCA(3, random_state=0)
+    scores_MK = ours.fit_transform(x_MN)
+    assert scores_MK.dtype == ours.mean_.dtype == "float32"
+    np.testing.assert_allclose(ours.explained_variance_, wanted.explained_variance_, rtol=3e-6)
+    turn_K = np.sign((ours.components_ * wanted.components_).sum(1))
+    for got_MK, given_MN in (
+        (scores_MK, x_MN),
+        (ours.transform(x_MN), x_MN),
+        (ours.transform(other_MN), other_MN),
+    ):
+        np.testing.assert_allclose(got_MK * turn_K, wanted.transform(given_MN), atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+@pytest.mark.parametrize("form", ["array", "csr", "operator"])
+@pytest.mark.parametrize("estimator", [PCA, TruncatedSVD])
+def test_shares_of_the_variance_at_scales_without_squares_in_float32(
+    counts, estimator, form, scale
+):
+    scaled = counts * scale
+    given = {"array": scaled.toarray(), "csr": scaled, "operator": spmm.sparse(scaled)}[form]
+    plain = {"array": counts.toarray(), "csr": counts, "operator": spmm.sparse(counts)}[form]
+    got, wanted = (estimator(3, random_state=0).fit(x) for x in (given, plain))
+    share_K = got.explained_variance_ratio_
+    assert share_K.dtype == got.explained_variance_.dtype == "float32"
+    np.testing.assert_allclose(share_K, wanted.explained_variance_ratio_, rtol=1e-4)
+    np.testing.assert_allclose(got.singular_values_, wanted.singular_values_ * scale, rtol=1e-4)
+
+
+def test_sparse_matrices_of_jax(counts):
+    bcoo = jax_sparse.BCOO.from_scipy_sparse(counts)
+    wanted = PCA(3, random_state=0).fit(spmm.sparse(counts))
+    for given in (bcoo, jax_sparse.BCSR.from_bcoo(bcoo)):
+        got = PCA(3, random_state=0).fit(given)
+        np.testing.assert_allclose(got.components_, wanted.components_, atol=1e-5)
+        np.testing.assert_allclose(got.transform(given), wanted.transform(counts), atol=1e-4)
+    with pytest.raises(ValueError, match="expected a scipy sparse matrix, a BCOO or a BCSR, not"):
+        PCA(1).fit(jax_sparse.COO.fromdense(jnp.eye(3)))
+
+
+@pytest.mark.parametrize("centers", [True, False])
+def test_components_given_as_a_sparse_matrix(counts, centers):
+    fitted = (PCA if centers else TruncatedSVD)(3, random_state=0).fit(counts)
+    scores_MK = np.array([[1.0, 0, 2], [0, 0, 3], [0, -1, 0]])
+    wanted = scores_MK @ fitted.components_ + fitted.mean_
+    for layout in (np.asarray, scipy.sparse.csr_array, scipy.sparse.coo_matrix, jnp.asarray):
+        got = fitted.inverse_transform(layout(scores_MK))
+        assert isinstance(got, np.ndarray)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_constant_features_explain_no_more_than_all():
     """What is left is rounding, of another size in the components than in the total."""
     for estimator in (PCA, TruncatedSVD):
@@ -130,6 +190,8 @@ def test_wrong_requests(counts):
         fitted.transform(operators.ones(3, 11))
     with pytest.raises(ValueError, match=r"X has shape \(3, 5\), expected \(M, 2\)"):
         fitted.inverse_transform(np.ones((3, 5)))
+    with pytest.raises(ValueError, match=r"could not convert string|convert array of"):
+        fitted.inverse_transform([["a", "b"]])
     with pytest.raises(ValueError, match="X has dtype complex64, expected a real floating type"):
         PCA(1).fit(operators.ones(5, 4, "complex64"))
     broken = counts.copy()

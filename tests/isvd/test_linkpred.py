@@ -218,6 +218,23 @@ def test_choice_on_planted_communities():
     assert (other.auc_R != honest.auc_R).any()
 
 
+@pytest.mark.parametrize("choose", [linkpred.choose_rank, linkpred.choose_rank_leaky])
+def test_default_ranks_are_those_of_the_graph(monkeypatch, choose):
+    for num_nodes, ranks in ((60, (4, 8, 16, 32)), (256, linkpred.RANKS), (3, (1,))):
+        assert linkpred.ranks_for(num_nodes) == ranks
+    monkeypatch.setattr(linkpred, "_auc_by_rank", lambda *given: np.arange(len(given[3])) / 4)
+    choice = choose(communities(), 60, jax.random.key(1))
+    assert (choice.ranks, choice.rank) == ((4, 8, 16, 32), 32)
+
+
+def test_a_rank_without_a_measure_is_not_chosen():
+    ranks, nan = (2, 4, 8), np.nan
+    for auc_R, rank in (([nan, 0.6, 0.5], 4), ([0.1, nan, 0.1], 2), ([nan, nan, 0.0], 8)):
+        assert linkpred._choice(ranks, np.array(auc_R), ties=-1).rank == rank
+    with pytest.raises(ValueError, match=r"AUC is NaN for each of ranks=\(2, 4, 8\), .* check neg"):
+        linkpred._choice(ranks, np.full(3, nan), ties=-1)
+
+
 def test_only_the_leaky_rule_sees_something_in_pure_noise():
     edges = communities(inside=0.1, across=0.1)
     options = {"ranks": (50,), "window": 2}
@@ -394,7 +411,19 @@ WRONG = {
     ),
     "negatives": (
         lambda: linkpred.choose_rank(EDGES, 60, KEY, negatives_per_edge=0),
-        "negatives_per_edge must be at least 1",
+        "negatives_per_edge=0, expected at least 1",
+    ),
+    "part of a negative": (
+        lambda: linkpred.choose_rank(EDGES, 60, KEY, negatives_per_edge=1.5),
+        "negatives_per_edge=1.5, expected a whole number",
+    ),
+    "part of a negative, leaky": (
+        lambda: linkpred.choose_rank_leaky(EDGES, 60, KEY, negatives_per_edge=1.5),
+        "negatives_per_edge=1.5, expected a whole number",
+    ),
+    "one rank": (
+        lambda: linkpred.choose_rank(EDGES, 60, KEY, ranks=8),
+        "ranks=8, expected some, at least 1",
     ),
     "all joined": (
         lambda: linkpred.choose_rank(np.stack(np.triu_indices(6, 1), axis=1), 6, KEY),

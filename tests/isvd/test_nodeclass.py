@@ -77,6 +77,10 @@ def test_accuracy():
     labels_N = np.array([0, 1, 0, -1])
     assert nodeclass.accuracy(scores_NC, labels_N, np.array([0, 1, 2])) == pytest.approx(2 / 3)
     assert nodeclass.accuracy(jnp.asarray(scores_NC), labels_N, np.array([2])) == 0
+    scores_NC[3] = np.inf, 0
+    scores_NC[0, 1] = np.nan
+    assert np.isnan(nodeclass.accuracy(scores_NC, labels_N, np.array([0, 1])))
+    assert nodeclass.accuracy(scores_NC, labels_N, np.array([1, 2])) == 0.5
 
 
 # Features ----------------------------------------------------------------------------------------
@@ -276,6 +280,20 @@ def test_validation_nodes_choose_and_others_are_not_looked_at():
         assert same.ridge == 1e-9
 
 
+def test_a_setting_whose_scores_are_no_numbers_is_not_chosen():
+    """NaN counts as the largest score, so that it were right for class 0."""
+    design, labels_N, _, validation, _ = small_design()
+    weights_DGC = jnp.asarray(draw(7, design.shape[1], 4, 3), jnp.float32)
+    broken_DGC = weights_DGC.at[:, 1:3].set(jnp.nan)
+    zeros_N = np.zeros_like(labels_N)
+    got = nodeclass._chosen(design, broken_DGC, zeros_N, validation, (3, 9), (0.0, 0.1))
+    assert np.isnan(got.accuracy_RP).tolist() == [[False, True], [True, False]]
+    finite = [(got.accuracy_RP[0, 0], 0.0, 3), (got.accuracy_RP[1, 1], 0.1, 9)]
+    assert (np.nanmax(got.accuracy_RP), got.ridge, got.rank) == max(finite)
+    with pytest.raises(ValueError, match="scores of the validation nodes are NaN with every rank"):
+        nodeclass._chosen(design, jnp.nan * weights_DGC, labels_N, validation, (3, 9), (0.0, 0.1))
+
+
 def test_the_whole_pipeline():
     graph, features, labels_N, train, validation, test = planted()
     options = {"num_hops": 3, "embedding_rank": 4, "ranks": (6, 12), "draws": 2}
@@ -310,6 +328,12 @@ WRONG = {
         lambda: fit_with(labels=MISSING, train=np.arange(9) + 3, validation=np.array([2])),
         "validation_V has 1 nodes without a label",
     ),
+    "in both sets": (
+        lambda: fit_with(validation=np.array([50, 14, 3])),
+        "train_T and validation_V share 2 nodes, the first is 3: expected none in both",
+    ),
+    "one ridge": (lambda: fit_with(ridges=0.1), "ridges=0.1, expected a sequence of numbers"),
+    "one rank": (lambda: fit_with(ranks=3), "ranks=3, expected a sequence of numbers"),
     "one class": (lambda: fit_with(train=np.arange(0, 15, 3)), "one class, expected two"),
     "outside": (lambda: fit_with(train=np.array([0, 90])), "train_T has node 90, expected 0 to 89"),
     "negative": (lambda: fit_with(validation=np.array([-1])), "validation_V has node -1"),

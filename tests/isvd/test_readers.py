@@ -79,6 +79,8 @@ TEXTS = {
     "header.csv": "# made by hand\nsource,target\n0, 1\n1 ,2\n3,1\n",
     "quoted.csv": '"from","to"\r\n"0","1"\r\n"1","2"\r\n"3","1"\r\n',
     "tabs.tsv": "from\tto\n0\t1\n1\t2\n3\t1\n",
+    "header.txt": "source target\n0 1\n1 2\n3 1\n",
+    "header.edges.gz": "# c\nsource\ttarget\n0\t1\n1\t2\n3\t1\n",
     "snap.txt.gz": "# c\n0 1\n1 2\n3 1\n",
     "plain.gz": "0 1\n1 2\n3 1\n",
     "header.csv.gz": "a,b\n0,1\n1,2\n3,1\n",
@@ -148,7 +150,7 @@ def test_repeated_edges_and_loops(tmp_path):
 )
 @pytest.mark.parametrize("remap", [None, True])
 def test_ids_that_are_scattered_or_names_are_remapped(tmp_path, text, names, remap):
-    graph = readers.read_edges(write(tmp_path / "g.txt", text), remap=remap)
+    graph = readers.read_edges(write(tmp_path / "g.txt", text), remap=remap, header=False)
     assert graph.names.tolist() == names
     assert graph.num_nodes == 3
     named_E2 = [line.split() for line in text.splitlines()]
@@ -187,6 +189,42 @@ def test_names_below_a_header_need_a_word(tmp_path):
     assert readers.read_edges(path, header=False).num_nodes == 4
     path = write(tmp_path / "g.txt", "from to\n0 1\n")
     assert readers.read_edges(path, header=True).num_nodes == 2
+    path = write(tmp_path / "g.txt", "who whom\nann bo\n")
+    refuses(path, ", line 1: 'who whom' may be a header or an edge; give header=True or")
+    assert readers.read_edges(path, header=True).names.tolist() == ["ann", "bo"]
+    assert readers.read_edges(path, header=False).num_nodes == 4
+
+
+@pytest.mark.parametrize("mark", [",", ";"])
+@pytest.mark.parametrize(
+    ("text", "line", "options"),
+    [
+        ("0, 1\n1, 2\n", 1, {}),
+        ("0, 1\n1, 2\n", 1, {"num_nodes": 3}),
+        ("0 ,1\n1 ,2\n", 1, {}),
+        ("0 , 1\n1 , 2\n", 1, {"ignore_extra": True}),
+        ("0, 1, .5\n1, 2, .5\n", 1, {}),
+        ("# c\nann, bo\nbo, cy\n", 2, {}),
+        ("from, to\n0, 1\n", 2, {}),
+        ("0 1\n1, 2\n", 2, {}),
+    ],
+)
+def test_another_delimiter_beside_white_space_is_no_part_of_a_name(
+    tmp_path, text, line, options, mark
+):
+    path = write(tmp_path / "g.txt", text.replace(",", mark))
+    refuses(path, f", line {line}: a '{mark}' stands at the white space between", **options)
+    with pytest.raises(ValueError, match=f"give delimiter='{mark}'$"):
+        readers.read_edges(path, **options)
+
+
+def test_the_remedy_reads_what_was_refused(tmp_path):
+    np.savetxt(tmp_path / "g.txt", EDGES_E2, "%d", delimiter=", ")
+    graph = readers.read_edges(tmp_path / "g.txt", delimiter=",")
+    np.testing.assert_array_equal(graph.edges_E2, EDGES_E2)
+    spaced = write(tmp_path / "g.edges", "a, b;\n")  # where they are parts of names
+    names = readers.read_edges(spaced, delimiter=" ", header=False).names
+    assert names.tolist() == ["a,", "b;"]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +242,7 @@ def test_names_below_a_header_need_a_word(tmp_path):
         ("g.txt", "0 1\n1 1_0\n", ", line 2: '1_0' is not a whole number"),
         ("g.txt", "0 1\n1 2\0\n", r", line 2: '2\x00' is not a whole number"),
         ("g.txt", f"0 1\n{2**63} 1\n", ", line 2: id 9223372036854775808 is over 63 bits"),
-        ("g.txt", b"a b\ncaf\xe9 b\n", r", line 2: 'caf\udce9' is not a name in UTF-8"),
+        ("g.txt", b"7 b\ncaf\xe9 b\n", r", line 2: 'caf\udce9' is not a name in UTF-8"),
         ("g.csv", "a,b\n0,1\n1,\n", ", line 3: '' is not a whole number"),
         ("g.csv", "0,1\n\n1;2\n", ", line 3: 1 column, expected 2"),
         ("g.csv.gz", "0,1\n\nx,2\n", ", line 3: 'x' is not a whole number"),
@@ -368,6 +406,11 @@ def test_read_asymproj(tmp_path):
             [[0, 3]],
             [[0, 2], [2, 1], [1, 3]],
             r"test\.neg\.txt\.npy: 2 of 3 negatives are edges of train\.txt\.npy, .* \(2, 1\)$",
+        ),
+        (
+            [[0, 3], [2, 1]],
+            [[2, 3]],
+            r"/test\.txt\.npy: 1 of 2 test edges are edges of train\.txt\.npy, .* \(2, 1\)$",
         ),
         ([[0, 3]], [[3, 0]], r"1 of 1 negatives are edges of test\.txt\.npy, .* \(3, 0\)$"),
         ([[0, 3]], [[0.5, 3]], None),

@@ -176,6 +176,32 @@ def test_a_finished_run_gives_its_result_again(edges, tmp_path, program):
     assert_refused(program(*flags, "--window=2"), "window is 10 there and 2 here")
 
 
+def test_status_is_1_where_the_tolerance_is_not_reached(folder, tmp_path, program):
+    """Here since the products overflow; again where the finished run is told again."""
+    flags = (f"--graph={folder}", "--rank=4", "--negative_weight=3e38", "--nofigures")
+    for _ in range(2):
+        status, out, err = program(*flags, f"--workdir={tmp_path / 'run'}")
+        assert status == 1
+        assert json.loads(out.splitlines()[-1])["converged"] is False
+        assert "isvd_link: --negative_weight=3e+38: scores overflow; expected a smaller one" in err
+    assert (tmp_path / "run" / "scores.npz").exists()
+
+
+def test_status_names_the_tolerance(capsys):
+    cfg, result = isvd_link.LinkConfig(graph="g", tol=1e-9), {"auc": 0.9, "residual": 0.25}
+    assert isvd_link._status(cfg, {**result, "converged": True}) == 0
+    assert isvd_link._status(cfg, {**result, "converged": False}) == 1
+    wanted = "isvd_link: --tol=1e-09 was not reached: the residual is 2.5e-01; give a larger --tol"
+    assert capsys.readouterr().err.strip() == wanted
+
+
+def test_no_rank_is_chosen_by_scores_that_are_no_numbers(folder, tmp_path, program):
+    flags = (f"--graph={folder}", "--rank=auto", "--negative_weight=3e38", "--quiet")
+    answer = program(*flags, f"--workdir={tmp_path / 'run'}")
+    assert_refused(answer, "the AUC is NaN for each of ranks=(4, 8, 16, 32)")
+    assert not (tmp_path / "run").exists()
+
+
 # Refusals ----------------------------------------------------------------------------------------
 
 
@@ -191,6 +217,7 @@ def test_a_finished_run_gives_its_result_again(edges, tmp_path, program):
         (("--devices=9",), "--devices=9: there are 8 cpu devices; expected 1 to 8, or 0 for all"),
         (("--window=0",), "--window=0: expected an integer at least 1"),
         (("--negative_weight=-1",), "--negative_weight=-1: expected a finite number at least 0"),
+        (("--negative_weight=1e39",), "finite number at least 0 and at most 3.40282e+38"),
         (("--seeds=0",), "--seeds=0: expected an integer at least 1"),
         (("--tol=2",), "--tol=2: expected from 0 to less than 1, or none"),
         (("--test_fraction=0",), "--test_fraction=0: expected between 0 and 1, both excluded"),
@@ -224,6 +251,8 @@ def test_damaged_and_missing_files_of_a_folder(folder, tmp_path, program):
         ("0 1\n1 2\n2 0\n", (), "only 0 of 3 pairs have no edge, expected as many at least"),
         ("0 1\n1 2\n2 3\n", ("--rank=auto",), "--rank=auto: cannot be chosen on --graph="),
         ("0 1\n1\n", (), ", line 2: 1 column, expected 2"),
+        ("0, 1\n", (), "expected white space alone; name it .csv, with commas between columns"),
+        ("ann bo\nbo cy\n", (), "may be a header or an edge; give --header=true or --header=false"),
     ],
 )
 def test_graphs_that_cannot_be_split(text, flags, words, tmp_path, program):
