@@ -33,7 +33,8 @@ def svd_to_error(
     Args:
         error: relative, in (0, 1).
         norm: "frobenius", where what is left of A is estimated from `samples` products (relative
-            standard error about sqrt(2 / samples) or less); or "spectral", where it is s[K].
+            standard error about sqrt(2 / samples) or less); or "spectral", where it is s[K], so
+            that up to max_rank + 1 triplets are computed.
         first_rank: triplets of the first stage, by default 16, or all if they are fewer.
         max_rank: where to stop, by default min(M, N).
         samples: for the Frobenius norm, at least 2.
@@ -54,11 +55,13 @@ def svd_to_error(
         raise ValueError(f"error={error}, expected a number between 0 and 1")
     if norm not in ("frobenius", "spectral"):
         raise ValueError(f"norm={norm!r}, expected frobenius or spectral")
+    # What K triplets leave is known in the spectral norm by one more.
+    most = min(max_rank + (norm == "spectral"), limit)
     factors, rest = None, op
     while True:
         key, stage_key, rest_key = jax.random.split(key, 3)
         known = 0 if factors is None else len(factors.s_K)
-        rank = min(max(first_rank, known), max_rank - known)
+        rank = min(max(first_rank, known), most - known)
         new = svd(rest, stage_key, rank=rank, tol=tol)
         if factors is None:  # from here on of A / s[0], whose squares neither over- nor underflow
             scale = positive(new.s_K[0])
@@ -73,9 +76,10 @@ def svd_to_error(
         s_K = np.asarray(factors.s_K, np.float64)
         finite = np.isfinite(s_K.sum() + tail)
         enough = _enough(s_K, tail, error, norm, complete) if finite else None
-        if enough is not None or len(s_K) >= max_rank or not finite:
+        if enough is not None or len(s_K) >= most or not finite:
             break
-    kept = len(factors.s_K) if enough is None else max(enough, 1)
+    reached = enough is not None and enough <= max_rank
+    kept = max(enough, 1) if reached else min(len(s_K), max_rank)
     factors = _scaled(factors, scale)
     return SVD(
         factors.u_MK[:, :kept],
@@ -83,7 +87,7 @@ def svd_to_error(
         factors.v_NK[:, :kept],
         factors.residual_K[:kept],
         factors.products,
-        factors.converged & (enough is not None),
+        factors.converged & reached,
     )
 
 

@@ -20,6 +20,7 @@ from isvd.operators import (
     compose,
     diagonal,
     low_rank,
+    varying_as,
 )
 
 
@@ -48,7 +49,8 @@ def _horner(coef_Q: jax.Array, dtype: _Static, product: Product, x_NC: jax.Array
     def step(y_NC, coef):
         return product(y_NC) + coef * x_NC, None
 
-    return jax.lax.scan(step, coef_Q[-1] * x_NC, coef_Q[:-1], reverse=True)[0]
+    start_NC = varying_as(product, x_NC, coef_Q[-1] * x_NC)
+    return jax.lax.scan(step, start_NC, coef_Q[:-1], reverse=True)[0]
 
 
 def windowed_sum(a: LinearOperator, weight_Q: Any) -> LinearOperator:

@@ -29,7 +29,7 @@ def product(values_E: Any, columns_E: np.ndarray, start: np.ndarray) -> Partial:
         level, place_P, start = _level(values_E, columns_E, start)
         levels.append(level)
         if len(place_P) == len(start) - 1:  # a piece for each row
-            return Partial(_apply, tuple(levels), jnp.asarray(place_P, jnp.uint32))
+            return Partial(_apply, tuple(levels), jnp.asarray(place_P, jnp.int32))
         values_E, columns_E = jnp.ones(len(place_P), values_E.dtype), place_P
 
 
@@ -55,7 +55,7 @@ def _level(
         offset_LK = np.minimum(np.arange(length), np.maximum(count_L1 - 1, 0))
         entry_LK = np.minimum(first_P[piece_L, None] + offset_LK, len(columns_E) - 1)
         values_LK = jnp.where(np.arange(length) < count_L1, jnp.asarray(values_E)[entry_LK], 0)
-        level.append((values_LK, jnp.asarray(columns_E[entry_LK], jnp.uint32)))
+        level.append((values_LK, jnp.asarray(columns_E[entry_LK], jnp.int32)))
     place_P = np.empty(len(order_P), np.int64)
     place_P[order_P] = np.arange(len(order_P))
     return tuple(level), place_P, next_start
@@ -63,8 +63,6 @@ def _level(
 
 def _apply(levels: tuple[Level, ...], place_M: jax.Array, x_NC: jax.Array) -> jax.Array:
     x_NC = jnp.asarray(x_NC, jnp.result_type(levels[0][0][0], x_NC))
-    # In a loop XLA would take the slices of columns out of it, each an operation to compile.
-    levels, x_NC = jax.lax.optimization_barrier((levels, x_NC))
     for level in levels:
         x_NC = jnp.concatenate([_gather_sum(*part, x_NC) for part in level])
     return _rows(x_NC, place_M)
@@ -72,12 +70,13 @@ def _apply(levels: tuple[Level, ...], place_M: jax.Array, x_NC: jax.Array) -> ja
 
 def _gather_sum(values_LK: jax.Array, columns_LK: jax.Array, x_NC: jax.Array) -> jax.Array:
     """One fused loop without an intermediate: XLA would write out x_NC[columns_LK]."""
+    values_LK = values_LK.astype(x_NC.dtype)  # whole: XLA takes conversions out of loops
     return sum(
-        values_LK[:, k, None].astype(x_NC.dtype) * _rows(x_NC, columns_LK[:, k])
-        for k in range(values_LK.shape[1])
+        values_LK[:, k, None] * _rows(x_NC, columns_LK[:, k]) for k in range(values_LK.shape[1])
     )
 
 
 def _rows(x_NC: jax.Array, row_L: jax.Array) -> jax.Array:
-    """Of unsigned rows, which need no test for negative ones in the innermost loop."""
-    return x_NC.at[row_L].get(mode="promise_in_bounds")
+    # Without a test for negative rows in the innermost loop. Unsigned ones have none either but are
+    # converted: XLA takes that out of loops, for each slice an operation and an array more.
+    return x_NC.at[row_L].get(mode="promise_in_bounds", wrap_negative_indices=False)

@@ -27,6 +27,7 @@ from isvd.subspace import subspace_svd
 from isvd.triplets import SVD, Plan, matmul, signed, thin_svd
 
 _DTYPES = ("float32", "float64", "complex64", "complex128")  # those that LAPACK factors
+_MOST_PRODUCTS = 2**31 - 1  # they are counted in int32
 BLOCK = 8  # columns: a cache line of float64, and where the sparse product starts to pay
 
 
@@ -57,8 +58,9 @@ def svd(
         tol: residual to reach, relative to s[0]; by default eps ** (2 / 3) of the type. Values are
             far more accurate than that. Subspace iteration with tol=None makes its ten
             iterations whatever they give.
-        max_products: columns multiplied at most (a started cycle is finished, so somewhat more).
-            After more than 20 for each triplet, one product more settles the values.
+        max_products: columns multiplied at most (a started cycle is finished, so somewhat more),
+            from 1 to 2**31 - 1. After more than 20 for each triplet, one product more settles the
+            values.
         block: columns of one product, 8 by default; more suits accelerators. It is the
             multiplicity that one pass can see: clusters that are larger are searched for.
         width: columns of the Krylov basis, which bound memory: (M + N) * width numbers. More of
@@ -95,12 +97,11 @@ def hoisted(op: LinearOperator) -> LinearOperator:
             continue
         leaves, structure = jax.tree.flatten(product)
 
-        # On one column: what is converted is fixed to the shape of its example.
+        # On one column: what is traced is fixed to the shape of its example.
         def apply(x_N: jax.Array, *leaves: Any, structure: Any = structure) -> jax.Array:
             return jax.tree.unflatten(structure, leaves)(x_N[:, None])[:, 0]
 
-        example = jnp.zeros(size, op.dtype)
-        converted, constants = jax.closure_convert(apply, example, *leaves)
+        converted, constants = _closure_converted(apply, jnp.zeros(size, op.dtype), *leaves)
         applied = Partial(_applied, _Static(converted), leaves, constants)
         products.append(applied if constants else product)
     return dataclasses.replace(op, matmat=products[0], rmatmat=products[1])
@@ -116,6 +117,21 @@ def _holds_something(product: Any) -> bool:
         places = (product.__closure__, product.__defaults__, product.__kwdefaults__)
         return any(place is not None for place in places)
     return callable(product)  # a bound method, or another object with arrays of its own
+
+
+def _closure_converted(fn: Callable, *example: Any) -> tuple[Callable, list[jax.Array]]:
+    """`jax.closure_convert` for all that is traced: JAX's leaves integers where they are."""
+    closed = jax.make_jaxpr(fn)(*example)
+    traced = [x for x in closed.consts if isinstance(x, jax.core.Tracer)]
+    fixed = [None if isinstance(x, jax.core.Tracer) else x for x in closed.consts]
+    jaxpr = closed.jaxpr
+
+    def converted(*given: Any) -> jax.Array:
+        own, traced = given[: len(example)], iter(given[len(example) :])
+        constants = [next(traced) if x is None else x for x in fixed]
+        return jax.core.eval_jaxpr(jaxpr, constants, *own)[0]
+
+    return converted, traced
 
 
 def _applied(fn: _Static, leaves: list, constants: list, x_NC: jax.Array) -> jax.Array:
@@ -144,14 +160,13 @@ def _checked_plan(
     _check_operator(op)
     limit = min(op.shape)
     check_integer("rank", rank, 1, limit, f"min(M, N) of an operator of shape {op.shape}")
-    if op.dtype.name not in _DTYPES:
-        raise ValueError(f"op has dtype {op.dtype}, expected one of {', '.join(_DTYPES)}")
+    check_dtype(op)
     if method not in ("krylov", "subspace"):
         raise ValueError(f"method={method!r}, expected krylov or subspace")
     if tol is not None and not 0 <= tol < 1:
         raise ValueError(f"tol={tol}, expected None, or from 0 to less than 1")
     if max_products is not None:
-        check_integer("max_products", max_products, 1)
+        check_integer("max_products", max_products, 1, _MOST_PRODUCTS)
     columns = 0
     if warm_start is not None:
         warm = warm_start.v_NK if isinstance(warm_start, SVD) else warm_start
@@ -199,6 +214,11 @@ def _checked_plan(
         eps ** (2 / 3) if tol is None else float(tol),
         max_products or 100 * width,
     )
+
+
+def check_dtype(op: LinearOperator) -> None:
+    if op.dtype.name not in _DTYPES:
+        raise ValueError(f"op has dtype {op.dtype}, expected one of {', '.join(_DTYPES)}")
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None, why: str = "") -> None:

@@ -74,19 +74,21 @@ def krylov_svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Arra
     def unfinished(c: _Cycle) -> jax.Array:
         return ~c.done & (c.products < plan.max_products)
 
+    # Made from a product, so that inside shard_map their types say that they vary as it does.
+    zeros = functools.partial(jnp.zeros_like, next_NB)
     width, real = plan.width, scale.dtype
     cycle = _Cycle(
-        u_WM=jnp.zeros((width, op.shape[0]), op.dtype),
-        v_WN=jnp.zeros((width, op.shape[1]), op.dtype),
-        s_W=jnp.zeros(width, real),
-        tail_BW=jnp.zeros((plan.block, width), op.dtype),
+        u_WM=zeros(shape=(width, op.shape[0])),
+        v_WN=zeros(shape=(width, op.shape[1])),
+        s_W=zeros(shape=width, dtype=real),
+        tail_BW=zeros(shape=(plan.block, width)),
         next_NB=next_NB,
         filled=jnp.int32(0),
-        size=jnp.zeros((), real),
-        products=jnp.int32(products),
-        dropped=jnp.zeros((), real),
-        searched_K=jnp.full(plan.rank, jnp.nan, real),
-        done=jnp.bool(False),
+        size=zeros(shape=(), dtype=real),
+        products=zeros(shape=(), dtype=jnp.int32) + products,
+        dropped=zeros(shape=(), dtype=real),
+        searched_K=zeros(shape=plan.rank, dtype=real) + jnp.nan,
+        done=zeros(shape=(), dtype=jnp.bool),
         noise_XB=noise_XB,
     )
     cycle = jax.lax.while_loop(unfinished, functools.partial(_cycle, plan, op, scale), cycle)
@@ -155,7 +157,7 @@ def _cycle(plan: Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cycl
     known_MB = matmul(c.u_WM.T, c.tail_BW.conj().T)
     basis = _Basis(c.u_WM, c.v_WN, b_WX, c.next_NB, known_MB, c.size)
     unknown = jax.tree.map(
-        lambda x: jnp.full(x.shape, jnp.inf, x.dtype),
+        lambda x: jnp.full_like(b_WX, jnp.inf, shape=x.shape, dtype=x.dtype),
         jax.eval_shape(functools.partial(_factor, plan), b_WX, c.filled),
     )
     filled, basis, small = jax.lax.while_loop(unfinished, step, (c.filled, basis, unknown))
@@ -353,7 +355,8 @@ def _project_filled(
         return _project(z_NB, basis_WN[:size])  # sliced here: outside, every step copies each size
 
     parts = [functools.partial(part, size) for size in sizes]
-    none = jnp.zeros((), jnp.finfo(z_NB.dtype).dtype)
+    # Made from z, so that inside shard_map its type says that it varies as z does.
+    none = jnp.zeros_like(z_NB, shape=(), dtype=jnp.finfo(z_NB.dtype).dtype)
     which = jnp.searchsorted(jnp.array([0, *sizes], jnp.int32), filled)
     return jax.lax.switch(which, [lambda: (z_NB, none), *parts])
 

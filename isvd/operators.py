@@ -34,7 +34,7 @@ Scalar = complex | float | int | np.generic | jax.Array
     data_fields=["matmat", "rmatmat"],
     meta_fields=["shape", "dtype"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LinearOperator:
     """A matrix A of shape (M, N), by its products.
 
@@ -51,6 +51,9 @@ class LinearOperator:
     dtype: np.dtype
 
     __array_ufunc__ = None  # so that numpy leaves `array @ A` and `scalar * A` to us
+
+    def __repr__(self) -> str:
+        return f"LinearOperator(shape={self.shape}, dtype={self.dtype})"
 
     @property
     def H(self) -> "LinearOperator":
@@ -86,10 +89,17 @@ class LinearOperator:
         return (self.T @ x.T).T
 
     def __add__(self, other: "LinearOperator") -> "LinearOperator":
-        return add(self, other) if isinstance(other, LinearOperator) else NotImplemented
+        return add(self, _checked_term(other))
+
+    def __radd__(self, other: Any) -> "LinearOperator":
+        starts_a_sum = isinstance(other, int) and other == 0  # `sum` of operators
+        return self if starts_a_sum else add(_checked_term(other), self)
 
     def __sub__(self, other: "LinearOperator") -> "LinearOperator":
-        return add(self, -other) if isinstance(other, LinearOperator) else NotImplemented
+        return add(self, -_checked_term(other))
+
+    def __rsub__(self, other: Any) -> "LinearOperator":
+        return add(_checked_term(other), -self)
 
     def __neg__(self) -> "LinearOperator":
         return scale(-1, self)
@@ -111,6 +121,15 @@ class LinearOperator:
         if rows < columns:
             return self.H.to_dense().conj().T
         return self.matmat(jnp.eye(columns, dtype=self.dtype))
+
+
+def _checked_term(other: Any) -> LinearOperator:
+    if not isinstance(other, LinearOperator):
+        raise TypeError(
+            f"A + B: B is a {type(other).__name__}, expected an operator; `dense` and `sparse` "
+            "make one of a matrix, and c * ones(M, N) is a constant one"
+        )
+    return other
 
 
 # From functions ----------------------------------------------------------------------------------
@@ -175,6 +194,9 @@ def _on_blocks(
             reason = _one_line(error)
             wrong.append(f"with {form} it raises {reason}")
             continue
+        if not hasattr(got, "shape"):
+            wrong.append(f"with {form} it gives a {type(got).__name__}")
+            continue
         if got.shape == (size_out, given.shape[1]):
             if got.dtype != dtype:
                 raise ValueError(
@@ -196,11 +218,13 @@ def _by_columns(fn: Product, x_NC: jax.Array) -> jax.Array:
 
 def _derived_adjoint(matmat: Product, static: _Static, y_MC: jax.Array) -> jax.Array:
     columns, dtype = static.value
-    y_MC = y_MC.conj().astype(jnp.result_type(dtype, y_MC))
-    # Made from y, so that inside shard_map its type says that it varies as y does.
-    x_NC = jax.typeof(jnp.zeros_like(y_MC, shape=(columns, y_MC.shape[1])))
+    y_MC = _promoted(y_MC.conj(), dtype)
+    # Made from y, so that inside shard_map it varies as y does, and y as A and y do: a block that
+    # differs less than its product does would get the sum of adjoints over devices.
+    zeros_like_y = functools.partial(jnp.zeros_like, shape=(columns, y_MC.shape[1]))
+    y_MC = varying_as(matmat, zeros_like_y(y_MC), y_MC)
     try:
-        (x_NC,) = jax.linear_transpose(matmat, x_NC)(y_MC)
+        (x_NC,) = jax.linear_transpose(matmat, jax.typeof(zeros_like_y(y_MC)))(y_MC)
     except jax.errors.JaxRuntimeError:  # of the machine, such as too little memory
         raise
     except (RuntimeError, AssertionError) as error:  # what JAX raises differs between functions
@@ -216,8 +240,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    whole = all(isinstance(size, int | np.integer) for size in shape)
-    if not whole or len(shape) != 2 or min(shape) < 1:
+    pair = isinstance(shape, tuple | list) and len(shape) == 2
+    if not pair or not all(isinstance(n, int | np.integer) and n >= 1 for n in shape):
         raise ValueError(f"shape={shape}: expected (rows, columns), whole numbers from 1")
     return tuple(map(int, shape))
 
@@ -226,7 +250,11 @@ def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def dense(a_MN: Any) -> LinearOperator:
-    """The operator of a matrix in memory. Products are in full precision on every device."""
+    """The operator of a matrix in memory. Products are in full precision on every device.
+
+    A matrix that is spread over devices is best along automatic axes of a mesh: `svd` fails where
+    axes are explicit, as those of `jax.make_mesh` are by default.
+    """
     check_not_sparse("a_MN", a_MN)
     a_MN = jnp.asarray(a_MN)
     if a_MN.ndim != 2:
@@ -271,23 +299,29 @@ def low_rank(u_MK: Any, v_NK: Any) -> LinearOperator:
 def ones(num_rows: int, num_columns: int, dtype: Any = jnp.float32) -> LinearOperator:
     """The matrix of ones, 1 1^T; `c * ones(M, N)` is any other constant."""
     shape = _checked_shape((num_rows, num_columns))
-    return LinearOperator(
-        Partial(_ones, _Static(shape[0])), Partial(_ones, _Static(shape[1])), shape, dtype_of(dtype)
-    )
+    dtype = dtype_of(dtype)
+    forward, backward = (Partial(_ones, _Static((size, dtype))) for size in shape)
+    return LinearOperator(forward, backward, shape, dtype)
 
 
-def _ones(rows: _Static, x_NC: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(x_NC.sum(0), (rows.value, x_NC.shape[1]))
+def _ones(static: _Static, x_NC: jax.Array) -> jax.Array:
+    rows, dtype = static.value
+    return jnp.broadcast_to(_promoted(x_NC, dtype).sum(0), (rows, x_NC.shape[1]))
 
 
 def identity(size: int, dtype: Any = jnp.float32) -> LinearOperator:
     """The identity."""
-    same = Partial(_same)
-    return LinearOperator(same, same, _checked_shape((size, size)), dtype_of(dtype))
+    dtype = dtype_of(dtype)
+    same = Partial(_same, _Static(dtype))
+    return LinearOperator(same, same, _checked_shape((size, size)), dtype)
 
 
-def _same(x_NC: jax.Array) -> jax.Array:
-    return x_NC
+def _same(dtype: _Static, x_NC: jax.Array) -> jax.Array:
+    return _promoted(x_NC, dtype.value)
+
+
+def _promoted(x_NC: jax.Array, dtype: np.dtype) -> jax.Array:
+    return x_NC.astype(jnp.result_type(dtype, x_NC))
 
 
 def dtype_of(dtype: Any) -> np.dtype:
@@ -346,7 +380,7 @@ def scale(factor: Scalar, a: LinearOperator) -> LinearOperator:
             "column there is diagonal(d) @ A and A @ diagonal(d)"
         )
     dtype = jnp.result_type(a.dtype, factor)
-    factor = jnp.asarray(factor, jnp.result_type(factor) if jnp.iscomplexobj(factor) else dtype)
+    factor = jnp.asarray(factor, dtype)
     return LinearOperator(
         Partial(_scaled, factor, a.matmat),
         Partial(_scaled, factor.conj(), a.rmatmat),
@@ -382,8 +416,20 @@ def power(a: LinearOperator, exponent: int) -> LinearOperator:
 
 def _repeated(n: _Static, product: Product, x: jax.Array) -> jax.Array:
     count, dtype = n.value
-    x = x.astype(jnp.result_type(dtype, x))
+    x = _promoted(x, dtype)
+    x = varying_as(product, x, x)
     return jax.lax.fori_loop(0, count, lambda _, x: product(x), x)
+
+
+def varying_as(product: Product, given: jax.Array, x: jax.Array) -> jax.Array:
+    """x, in the type of product(given), whose shape it has, inside `shard_map`.
+
+    Types there say along which axes of the mesh values differ, and products differ along those of
+    the operator as well. Loops ask that what they carry keeps its type.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:  # spare a trace of the product
+        return x
+    return x + jnp.zeros_like(jax.eval_shape(product, given), dtype=x.dtype)
 
 
 def check_square(what: str, a: LinearOperator) -> None:
@@ -413,16 +459,22 @@ def adjoint_defect(a: LinearOperator, key: jax.Array, *, columns: int = 4) -> ja
 
 
 def linearity_defect(a: LinearOperator, key: jax.Array, *, columns: int = 4) -> jax.Array:
-    """|A(2 x + z) - 2 A x - A z| / |A x| of random blocks: rounding, if A is linear.
+    """|A(c x + z) - c A x - A z| / |A x| of random blocks: rounding, if A is linear.
 
-    The coefficients do not add up to 0, so that what is added to a product does not cancel.
+    c is 2, or 2 + i where A is complex, so that parts and conjugates of x are seen. Coefficients do
+    not add up to 0, so that what is added to a product does not cancel.
     """
+    c = _coefficient(a)
     x_NC, _ = _random_blocks(a, key, columns)
     z_NC = x_NC[:, ::-1]
     ax_MC = a.matmat(x_NC)
-    miss_MC = a.matmat(2 * x_NC + z_NC) - 2 * ax_MC - a.matmat(z_NC)
+    miss_MC = a.matmat(c * x_NC + z_NC) - c * ax_MC - a.matmat(z_NC)
     size = _norm(ax_MC)
     return _norm(miss_MC) / jnp.where(size > 0, size, 1)
+
+
+def _coefficient(a: LinearOperator) -> complex:
+    return 2 + 1j if a.dtype.kind == "c" else 2
 
 
 def nonfinite(a: LinearOperator, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -436,8 +488,8 @@ def verify(a: LinearOperator, key: jax.Array) -> None:
     """Try an operator on random vectors, for about ten products.
 
     Raises:
-        ValueError: if entries are not finite (and where), if A is not linear, or if `rmatmat` is
-            not the adjoint of `matmat`.
+        ValueError: if entries or products are not finite (and where), if A is not linear, or if
+            `rmatmat` is not the adjoint of `matmat`.
     """
     keys = jax.random.split(key, 3)
     # First what needs no adjoint: none can be derived from a function that is not linear.
@@ -445,14 +497,15 @@ def verify(a: LinearOperator, key: jax.Array) -> None:
     allowed = 1e3 * float(jnp.finfo(a.dtype).eps)
     if defect >= allowed:  # NaN is not: which entries make it is said below
         raise ValueError(
-            f"A is not linear: A(2x + z) and 2 A x + A z differ by {defect:.2g} of |A x|, "
-            f"expected less than {allowed:.2g}"
+            f"A is not linear: A(c x + z) and c A x + A z, c = {_coefficient(a)}, differ by "
+            f"{defect:.2g} of |A x|, expected less than {allowed:.2g}"
         )
     rows_M, columns_N = map(np.asarray, nonfinite(a, keys[0]))
     if rows_M.any() or columns_N.any():
         raise ValueError(
-            f"A has entries that are not finite, in rows {_some(rows_M)} and columns "
-            f"{_some(columns_N)}"
+            f"products with A are not finite, in rows {_some(rows_M)} and columns "
+            f"{_some(columns_N)}: entries are infinite or NaN, or so large that products overflow "
+            f"{a.dtype}"
         )
     defect = float(adjoint_defect(a, keys[2]))
     if not defect < allowed:

@@ -1,7 +1,8 @@
 """Matrices whose rows are spread over devices.
 
 Device d holds rows d R, ..., (d + 1) R - 1. A product A x needs no communication and leaves its
-rows where they are; a product A^H y needs one all-reduce of an (N, C) block.
+rows where they are, if the devices divide M: if not, XLA knows no such layout of M rows and gathers
+them on every device. A product A^H y needs one all-reduce of an (N, C) block.
 
 Axes: M rows, N columns, D devices, R rows of a device, E entries of a device, C columns of a block.
 """
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from isvd.operators import (
@@ -30,12 +31,15 @@ def row_sharded(matrix: Any, mesh: Mesh, axis: str, dtype: Any = None) -> Linear
     """The operator of a matrix with its rows spread along one axis of a mesh.
 
     Use it under jit like any other, `svd` included; inside `shard_map` it does not work, as it has
-    one of its own. Left vectors are then spread too, right ones are on every device.
+    one of its own, nor under `jax.set_mesh` of explicit axes. Left vectors are then spread too, if
+    the devices divide M; right ones are on every device.
 
     Args:
         matrix: a scipy sparse matrix or an array, on the host. If the number of devices does not
-            divide M, the last ones get rows of zeros.
-        mesh, axis: the axis that rows are spread along.
+            divide M, the last ones get rows of zeros, and each product A x is gathered on every
+            device; rows of zeros in the matrix itself, up to a multiple, avoid that.
+        mesh, axis: the axis that rows are spread along. Axes are used as automatic ones, which
+            `jax.make_mesh` makes explicit unless told otherwise.
     Raises:
         ValueError: if the mesh has no such axis, or the matrix is JAX's own sparse one or has
             other than two axes.
@@ -62,6 +66,8 @@ def row_sharded(matrix: Any, mesh: Mesh, axis: str, dtype: Any = None) -> Linear
         a_DRN[:num_rows] = matrix
         forward = backward = (a_DRN.reshape(devices, rows, num_columns),)
         products = [Partial(_dense_part), Partial(_dense_adjoint_part)]
+    automatic = (AxisType.Auto,) * len(mesh.axis_names)
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=automatic)
     place = _Static((mesh, axis, num_rows, devices * rows))
     spread = NamedSharding(mesh, PartitionSpec(axis))
     forward, backward = jax.device_put((forward, backward), spread)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from isvd.derivative import inverse_of, outside_span, pull_back
-from isvd.factorize import SVD, check_integer, hoisted, svd
+from isvd.factorize import SVD, check_dtype, check_integer, hoisted, svd
 from isvd.operators import LinearOperator, check_square, low_rank
 from isvd.orthonormal import orthonormalize
 from isvd.triplets import matmul, positive
@@ -106,12 +106,15 @@ def pinv_solve(
     Returns:
         w_NC, or (N,).
     Raises:
-        ValueError: if the sizes differ.
+        ValueError: if the sizes differ, or `ridge` is negative (where it is traced, its value
+            cannot be looked at).
     """
     num_rows, num_columns = factors.u_MK.shape[0], factors.v_NK.shape[0]
     y_MC = _checked_block("y_MC", y_MC, num_rows, factors.u_MK.dtype)
     if op is not None:
         _check_factors(op, factors)
+    if not isinstance(ridge, jax.core.Tracer) and np.any(np.asarray(ridge) < 0):
+        raise ValueError(f"ridge={ridge}, expected at least 0")
     if y_MC.ndim == 1:
         return pinv_solve(factors, y_MC[:, None], rcond=rcond, ridge=ridge, op=op)[:, 0]
     if rcond is None:
@@ -301,15 +304,20 @@ def trace(op: LinearOperator, key: jax.Array, *, samples: int = 48) -> tuple[jax
     Hutch++ (Meyer, Musco, Musco and Woodruff, SOSA 2021): exact on the range of a third of them,
     random signs on what is left. Exact for matrices of rank up to samples / 3.
 
+    Its gradient is without bias, but not exact for these matrices.
+
     Raises:
-        ValueError: if A is not square or `samples` is less than 6.
+        ValueError: if A is not square or not of a floating type that LAPACK factors, or `samples`
+            is no whole number from 6.
     """
     check_square("trace", op)
-    if samples < 6:
-        raise ValueError(f"samples={samples} must be at least 6")
+    check_dtype(op)
+    check_integer("samples", samples, 6)
     third = min(samples // 3, op.shape[0])
     sketch_key, sign_key = jax.random.split(key)
     q_NS, _ = orthonormalize(op.matmat(_signs(sketch_key, op, third)))
+    # The estimate is without bias for any q. Columns beyond the rank of A have no derivative.
+    q_NS = jax.lax.stop_gradient(q_NS)
     known = jnp.vdot(q_NS, op.matmat(q_NS))
     signs_NS = _signs(sign_key, op, samples - 2 * third)
     rest_NS = signs_NS - matmul(q_NS, matmul(q_NS.conj().T, signs_NS))

@@ -41,7 +41,11 @@ class FactorizeConfig(program.SpreadConfig):
         None, "residual to reach, relative to the largest value; none: 2.4e-5 (krylov)"
     )
     max_products: int | None = field(
-        None, "products with the matrix, about, after which to stop", unit="products", min=1
+        None,
+        "products with the matrix, about, after which to stop",
+        unit="products",
+        min=1,
+        max=2**31 - 1,
     )
 
     def validate(self) -> None:
@@ -168,6 +172,13 @@ def _draw(arrays: program.Arrays) -> dict[str, Any]:
 
 
 def _status(cfg: FactorizeConfig, result: dict[str, Any]) -> int:
+    if not np.isfinite(np.array(result["singular_values"], float)).all():  # null in a finished run
+        print(
+            f"{PROGRAM}: --matrix={cfg.matrix}: products with it overflow float32, and singular "
+            "values are not finite; divide it by its largest entry",
+            file=sys.stderr,
+        )
+        return 1
     # Subspace iteration without a tolerance was asked for its ten iterations, and made them.
     if result["converged"] or (cfg.method == "subspace" and cfg.tol is None):
         return 0

@@ -43,6 +43,22 @@ def test_stops_at_the_largest_rank():
     assert not factors.converged
 
 
+@pytest.mark.parametrize(("error", "max_rank"), [(0.1, 2), (0.005, 3), (0.1, 3), (0.6, 1)])
+def test_a_largest_rank_that_reaches_the_error(error, max_rank):
+    """The spectral norm of what is left is a value that is not among those of the result."""
+    values = np.array([1, 0.5, 0.01, 0.001], "float32")
+    op = operators.diagonal(values)
+    options = {"error": error, "norm": "spectral", "first_rank": 1}
+    factors = svd_to_error(op, KEY, max_rank=max_rank, **options)
+    least = int(np.argmax(values <= error))
+    np.testing.assert_allclose(factors.s_K, values[:least], rtol=1e-5)
+    assert factors.converged
+    if least > 1:
+        fewer = svd_to_error(op, KEY, max_rank=least - 1, **options)
+        assert len(fewer.s_K) == least - 1
+        assert not fewer.converged
+
+
 def test_every_triplet_if_need_be():
     a_MN = np.eye(5, dtype="float32")
     factors = svd_to_error(operators.dense(a_MN), KEY, error=0.1, first_rank=2)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from jax.tree_util import Partial
 
 from isvd import factorize, operators, spmm
@@ -487,6 +488,56 @@ def test_equal_values_have_a_finite_gradient_of_their_sum():
         np.testing.assert_allclose(jax.grad(loss)(a_MN), u_MK @ v_NK.T, atol=1e-9)
 
 
+def test_gradient_where_a_function_closes_over_a_traced_integer():
+    a_NN = jnp.asarray(with_values(GAPS)[:6, :6], jnp.float32)
+
+    def loss(scale, shift):
+        op = operators.from_matmat(lambda x_N: scale * jnp.roll(a_NN @ x_N, shift) + x_N, (6, 6))
+        return svd(op, KEY, rank=2).s_K.sum()
+
+    def wanted(scale, shift):
+        matrix = scale * jnp.roll(a_NN, shift, axis=0) + jnp.eye(6)
+        return jnp.linalg.svd(matrix, compute_uv=False)[:2].sum()
+
+    shifts = jnp.arange(3)
+    wanted_3 = [jax.grad(wanted)(2.0, int(shift)) for shift in shifts]
+    slope = jax.grad(loss)
+    mapped_3 = jax.jit(jax.vmap(slope, (None, 0)))(2.0, shifts)
+    np.testing.assert_allclose(mapped_3, wanted_3, rtol=1e-4)
+    scanned_3 = jax.lax.scan(lambda _, shift: (None, slope(2.0, shift)), None, shifts)[1]
+    np.testing.assert_allclose(scanned_3, wanted_3, rtol=1e-4)
+
+
+def test_gradient_mapped_over_floats_that_a_function_closes_over():
+    a_NN = jnp.asarray(with_values(GAPS)[:6, :6], jnp.float32)
+
+    def slope(weight):
+        def loss(scale):
+            op = operators.from_matmat(lambda x_N: scale * weight * (a_NN @ x_N), (6, 6))
+            return svd(op, KEY, rank=2).s_K.sum()
+
+        return jax.grad(loss)(3.0)
+
+    weights = jnp.array([1.0, 2.0])
+    wanted = jnp.linalg.svd(a_NN, compute_uv=False)[:2].sum() * weights
+    np.testing.assert_allclose(jax.vmap(slope)(weights), wanted, rtol=1e-4)
+
+
+def test_operators_that_differ_between_devices():
+    """In shard_map with its check of what varies: too large to be formed, with wider cycles."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("device",), axis_types=(AxisType.Auto,))
+    spread = PartitionSpec("device")
+    a_DMN = np.random.default_rng(0).normal(size=(2, 130, 120)).astype("float32")
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spread, out_specs=spread)
+    def each(a_1MN):
+        return svd(operators.dense(a_1MN[0]), KEY, rank=9, block=3).s_K[None]
+
+    wanted_DK = np.linalg.svd(a_DMN, compute_uv=False)[:, :9]
+    np.testing.assert_allclose(each(a_DMN), wanted_DK, rtol=1e-5)
+
+
 # Errors ------------------------------------------------------------------------------------------
 
 OP = operators.dense(np.ones((6, 4), "f"))
@@ -496,7 +547,11 @@ WRONG = {
     "fraction": ({"rank": 2.0}, "rank=2.0, expected a whole number"),
     "method": ({"rank": 1, "method": "qr"}, "method='qr', expected krylov or subspace"),
     "tol": ({"rank": 1, "tol": -1.0}, "tol=-1.0, expected None, or from 0 to less than 1"),
-    "products": ({"rank": 1, "max_products": 0}, "max_products=0, expected at least 1"),
+    "products": ({"rank": 1, "max_products": 0}, "max_products=0, expected from 1 to 2147483647"),
+    "too many products": (
+        {"rank": 1, "max_products": 2**31},
+        "max_products=2147483648, expected from 1 to 2147483647",
+    ),
     "block": ({"rank": 1, "block": 5}, "block=5, expected from 1 to 4"),
     "width": (
         {"rank": 4, "block": 2, "width": 3},

@@ -216,6 +216,18 @@ def adjoint(draw):
     return op.H, a_MN.conj().T
 
 
+def pair_of(name):
+    """Two operators of one kind with other entries, their arrays stacked, and their matrices."""
+    pairs = [
+        OPERATORS[name](lambda seed, *shape, shift=shift: draw(seed + shift, *shape))
+        for shift in (0, 100)
+    ]
+    if jax.tree.structure(pairs[0][0]) != jax.tree.structure(pairs[1][0]):  # fresh lambdas
+        pairs = pairs[:1] * 2
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(op for op, _ in pairs))
+    return both, [a_MN for _, a_MN in pairs]
+
+
 each = pytest.mark.parametrize("name", list(OPERATORS))
 
 
@@ -270,18 +282,12 @@ def test_arrays_are_arguments_of_one_program(name):
 
 @each
 def test_vmap_over_operators_and_blocks(name):
-    pairs = [
-        OPERATORS[name](lambda seed, *shape, shift=shift: draw(seed + shift, *shape))
-        for shift in (0, 100)
-    ]
-    if jax.tree.structure(pairs[0][0]) != jax.tree.structure(pairs[1][0]):
-        pairs = pairs[:1] * 2
-    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(op for op, _ in pairs))
-    x_2NC = draw(33, 2, pairs[0][1].shape[1], 3)
+    both, matrices = pair_of(name)
+    x_2NC = draw(33, 2, matrices[0].shape[1], 3)
     got = jax.vmap(lambda op, x_NC: op @ x_NC)(both, x_2NC)
     if not jax.tree.leaves(both):  # nothing to map over
-        got = jax.vmap(lambda x_NC: pairs[0][0] @ x_NC)(x_2NC)
-    assert_close(got, np.stack([a_MN @ x_NC for (_, a_MN), x_NC in zip(pairs, x_2NC, strict=True)]))
+        got = jax.vmap(lambda x_NC: both @ x_NC)(x_2NC)
+    assert_close(got, np.stack([a_MN @ x_NC for a_MN, x_NC in zip(matrices, x_2NC, strict=True)]))
 
 
 @each
@@ -332,6 +338,33 @@ def test_columns_spread_over_devices(name):
     )
     x_NC = draw(36, a_MN.shape[1], 8)
     assert_close(jax.jit(spread)(op, x_NC), a_MN @ x_NC)
+
+
+@pytest.mark.parametrize("name", ["power", "polynomial", "windowed_sum", "geometric_sum"])
+@pytest.mark.parametrize("closure", [False, True])
+def test_loops_of_operators_that_differ_between_devices(name, closure):
+    """Each device has a matrix of its own, and all of them one block."""
+    both, matrices = pair_of(name)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
+    x_NC = draw(36, 4, 2)
+
+    def products(op, x_NC):
+        op = inner = jax.tree.map(lambda leaf: leaf[0], op)
+        if closure:
+            op = operators.from_matmat(lambda x: inner @ x, inner.shape) ** 2
+        return op.matmat(x_NC)[None], op.rmatmat(x_NC)[None]
+
+    spread = jax.shard_map(
+        products,
+        mesh=mesh,
+        in_specs=(PartitionSpec("data"), PartitionSpec()),
+        out_specs=PartitionSpec("data"),
+    )
+    forward, backward = jax.jit(spread)(both, x_NC)
+    for got, adjoint, a_MN in zip(forward, backward, matrices, strict=True):
+        a_MN = a_MN @ a_MN if closure else a_MN
+        assert_close(got, a_MN @ x_NC)
+        assert_close(adjoint, a_MN.T @ x_NC)
 
 
 @each
@@ -396,6 +429,47 @@ def test_derived_and_written_adjoint_agree():
     written = operators.from_matmat(product, (6, 4), rmatmat=backward)
     y_MC = draw(2, 6, 3)
     assert_close(written.rmatmat(y_MC), derived.rmatmat(y_MC))
+
+
+@each
+def test_the_adjoint_of_a_closure_over_an_operator_is_derived(name):
+    op, a_MN = OPERATORS[name](draw)
+    closure = operators.from_matmat(lambda x: op @ x, op.shape, op.dtype)
+    y_MC = draw(31, a_MN.shape[0], 2)
+    assert_close(jax.jit(closure.rmatmat)(y_MC), a_MN.T @ y_MC)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_python_factors_do_not_widen(dtype):
+    """Also where x64 would make complex128 of a Python number that stands alone."""
+    with jax.enable_x64(True):
+        a_MN, x_NC = draw(0, 4, 4, dtype=dtype), draw(1, 4, 2, dtype=dtype)
+        op = 2j * operators.dense(a_MN)
+        assert op.dtype == op.matmat(jnp.asarray(x_NC)).dtype == "complex64"
+        assert_close(op @ x_NC, 2j * a_MN @ x_NC)
+        assert_close((op / 2j).H @ x_NC, a_MN.conj().T @ x_NC)
+        assert_close((op**2).to_dense(), -4 * a_MN @ a_MN)
+        wider = np.complex128(2j) * operators.dense(a_MN)
+        assert wider.dtype == (wider @ x_NC).dtype == "complex128"
+
+
+@pytest.mark.parametrize(
+    "make", [operators.identity, lambda size, dtype: operators.ones(size, size, dtype)]
+)
+def test_the_block_is_promoted(make):
+    for dtype, wanted in (("complex64", "complex64"), ("bfloat16", "float32")):
+        op = make(3, dtype)
+        for product in (op.matmat, op.rmatmat):
+            assert product(jnp.ones((3, 2))).dtype == wanted
+
+
+def test_sums_by_sum():
+    a, b = draw(0, 4, 3), draw(1, 4, 3)
+    assert_close(sum([operators.dense(a), operators.dense(b)]).to_dense(), a + b)
+
+
+def test_representation():
+    assert repr(A43) == "LinearOperator(shape=(4, 3), dtype=float32)"
 
 
 def test_a_function_of_vectors_is_mapped_over_columns():
@@ -478,6 +552,11 @@ WRONG = {
         ),
         "rmatmat gives bfloat16 for a block of dtype float32.*pass dtype='bfloat16'",
     ),
+    "a pair for a product": (
+        lambda: operators.from_matmat(lambda x: (x, x), (3, 3)),
+        "with a vector it gives a tuple; with a block it gives a tuple",
+    ),
+    "one size": (lambda: operators.from_matmat(lambda x: x, 5), r"shape=5: expected \(rows, col"),
     "half a row": (lambda: operators.from_matmat(lambda x: x, (2.5, 3)), r"shape=\(2.5, 3\): exp"),
     "half a term": (lambda: algebra.geometric_sum(A44, 0.5, 2.5), "num_terms=2.5 must be"),
     "sparse block": (lambda: A43 @ SPARSE_33, "A @ x: x is a csr_array, expected an array"),
@@ -507,9 +586,13 @@ def test_wrong_requests(case):
 
 
 def test_what_has_no_meaning_is_a_type_error():
-    for sign in (signs.add, signs.sub, signs.mul, signs.truediv):
+    for sign in (signs.mul, signs.truediv):
         with pytest.raises(TypeError):
-            sign(A44, A44 if sign in (signs.mul, signs.truediv) else np.ones((4, 4)))
+            sign(A44, A44)
+    for sign in (signs.add, signs.sub):
+        for terms in ((A44, np.ones((4, 4))), (np.ones((4, 4)), A44), (jnp.ones(4), A44), (1, A44)):
+            with pytest.raises(TypeError, match=r"B is a .*, expected an operator; `dense` and"):
+                sign(*terms)
 
 
 def test_verify_passes_what_is_right_and_names_what_is_not():
@@ -523,9 +606,11 @@ def test_verify_passes_what_is_right_and_names_what_is_not():
         operators.verify(wrong, key)
     with pytest.raises(ValueError, match="A is not linear"):
         operators.verify(operators.from_matmat(jnp.abs, (4, 4), rmatmat=jnp.abs), key)
-    a[1, 2] = np.nan
-    with pytest.raises(ValueError, match="not finite, in rows 1 and columns 2"):
-        operators.verify(operators.dense(a), key)
+    for size in (np.nan, np.float32(3e38)):
+        a[1, 2] = size
+        big = operators.dense(a) @ operators.diagonal(np.full(4, 1e3, "f"))
+        with pytest.raises(ValueError, match=r"in rows 1 and columns 2: .* products overflow fl"):
+            operators.verify(big, key)
 
 
 NONLINEAR = {
@@ -537,6 +622,17 @@ NONLINEAR = {
     "sort": jnp.sort,
     "offset": lambda x: 2 * x + 1,
 }
+ADDITIVE = {"conjugate": jnp.conj, "real part": lambda x: x.real.astype(x.dtype)}
+
+
+@pytest.mark.parametrize("name", list(ADDITIVE))
+def test_verify_sees_what_is_linear_over_real_numbers_only(name):
+    product = ADDITIVE[name]
+    for options in ({}, {"rmatmat": product}):
+        op = operators.from_matmat(product, (5, 5), "complex64", **options)
+        with pytest.raises(ValueError, match=r"A is not linear: .* c = \(2\+1j\), differ by"):
+            operators.verify(op, jax.random.key(0))
+    operators.verify(operators.from_matmat(product, (5, 5)), jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", list(NONLINEAR))

@@ -7,7 +7,7 @@ import scipy.sparse
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, Mesh
 
-from isvd import operators, sharded, spmm
+from isvd import algebra, operators, sharded, spmm
 from isvd.factorize import svd
 
 KEY = jax.random.key(0)
@@ -53,20 +53,40 @@ def test_same_triplets_as_on_one_device(mesh, form):
     np.testing.assert_allclose(spread.s_K, np.linalg.svd(a_MN.toarray())[1][:2], rtol=1e-5)
 
 
+def collectives(product, *args):
+    text = jax.jit(product).lower(*args).compile().as_text()
+    return [name for name in COLLECTIVES for _ in range(text.count(f" {name}"))]
+
+
 def test_collectives_of_a_product(mesh):
     """None for A x, one for A^H y: a row of a block never leaves its device."""
     op = sharded.row_sharded(matrix(208), mesh, "rows")
     x_NC = np.ones((150, 8), "float32")
-
-    def collectives(product, *args):
-        text = jax.jit(product).lower(*args).compile().as_text()
-        return [name for name in COLLECTIVES for _ in range(text.count(f" {name}"))]
-
     assert collectives(op.matmat, x_NC) == []
     y_MC = jax.jit(op.matmat)(x_NC)
     assert len(y_MC.addressable_shards) == 8
     assert y_MC.addressable_shards[0].data.shape == (26, 8)
     assert collectives(op.rmatmat, y_MC) == ["all-reduce("]
+
+
+def test_collectives_of_rows_that_the_devices_do_not_divide(mesh):
+    op = sharded.row_sharded(matrix(203), mesh, "rows")
+    x_NC = np.ones((150, 8), "float32")
+    assert collectives(op.matmat, x_NC) == ["all-gather("]
+    assert collectives(op.rmatmat, jax.jit(op.matmat)(x_NC)) == ["all-reduce("]
+
+
+def test_explicit_axes_are_taken_as_automatic():
+    mesh, a_MN = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Explicit,)), matrix(61, 40)
+    op = sharded.row_sharded(a_MN, mesh, "rows")
+    y_MC = np.random.default_rng(1).normal(size=(61, 3)).astype("float32")
+    np.testing.assert_allclose(op.T @ y_MC, a_MN.T @ y_MC, atol=1e-4)
+    np.testing.assert_allclose(
+        algebra.centered(op).to_dense(), a_MN.toarray() - a_MN.mean(0), atol=1e-5
+    )
+    operators.verify(op, KEY)
+    s_K = svd(op, KEY, rank=2, block=2, width=12).s_K
+    np.testing.assert_allclose(s_K, np.linalg.svd(a_MN.toarray())[1][:2], rtol=1e-5)
 
 
 def test_wrong_requests(mesh):

@@ -325,6 +325,24 @@ def test_trace():
     assert error < 1e-9
 
 
+@pytest.mark.parametrize("rank", [3, 30])
+def test_gradient_of_the_trace_is_without_bias(rank):
+    """Also where the sketch has more columns than the matrix has rank."""
+    a_NN = draw(14, 30, rank) @ draw(15, rank, 30)
+    direction = draw(16, 30, 30)
+
+    @jax.jit
+    @jax.vmap
+    def slopes(key):
+        slope = jax.grad(lambda a: solve.trace(operators.dense(a), key, samples=24)[0])(a_NN)
+        return (slope * direction).sum()
+
+    slope_S = slopes(jax.random.split(KEY, 400))
+    error = slope_S.std() / len(slope_S) ** 0.5
+    assert abs(slope_S.mean() - np.trace(direction)) < 4 * error
+    assert error < 0.05 * np.linalg.norm(direction)  # a few columns' noise, and no more
+
+
 def test_wrong_requests():
     op, factors = factored(matrix())
     with pytest.raises(ValueError, match=r"y_MC has shape \(20, 1\), expected \(30,\) or \(30, c"):
@@ -334,8 +352,14 @@ def test_wrong_requests():
     for function in (solve.trace, lambda op, key: solve.eigh(op, key, rank=2)):
         with pytest.raises(ValueError, match=r"A has shape \(30, 20\), expected a square one"):
             function(op, KEY)
-    with pytest.raises(ValueError, match="samples=5 must be at least 6"):
+    with pytest.raises(ValueError, match="samples=5, expected at least 6"):
         solve.trace(operators.identity(4), KEY, samples=5)
+    with pytest.raises(ValueError, match=r"samples=48\.0, expected a whole number"):
+        solve.trace(operators.identity(4), KEY, samples=48.0)
+    with pytest.raises(ValueError, match="op has dtype int32, expected one of float32, float64, "):
+        solve.trace(operators.identity(4, "int32"), KEY)
+    with pytest.raises(ValueError, match=r"ridge=-1\.0, expected at least 0"):
+        solve.pinv_solve(factors, np.ones(M), ridge=-1.0)
     with pytest.raises(ValueError, match="samples=1, expected at least 2"):
         solve.frobenius_norm(operators.identity(4), KEY, samples=1)
     with pytest.raises(ValueError, match=r"x_NC has shape \(30, 2\), expected \(20,\) or \(20, c"):

@@ -162,8 +162,18 @@ def test_a_tolerance_that_is_not_reached_is_status_1(dense, tmp_path, program):
 )
 def test_status(method, tol, converged, status):
     cfg = isvd_factorize.FactorizeConfig(matrix="a.npy", method=method, tol=tol)
-    result = {"converged": converged, "residual": 0.1, "products": 9}
+    result = {"converged": converged, "residual": 0.1, "products": 9, "singular_values": [1.0]}
     assert isvd_factorize._status(cfg, result) == status
+
+
+def test_products_that_overflow_are_status_1(tmp_path, program):
+    np.save(tmp_path / "a.npy", np.full(SHAPE, 3e38, "f"))
+    flags = (f"--matrix={tmp_path / 'a.npy'}", "--rank=2", f"--workdir={tmp_path / 'run'}")
+    for _ in range(2):  # the finished run says so again
+        status, _, err = program(*flags, "--preset=paper", "--nofigures", "--quiet")
+        assert status == 1
+        assert "a.npy: products with it overflow float32" in err
+        assert "divide it by its largest entry" in err
 
 
 def test_matrix_of_zeros(tmp_path, program):
@@ -336,7 +346,8 @@ def test_bad_files(name, words, tmp_path, program):
         (("--method=qr",), "--method=qr: expected one of krylov, subspace"),
         (("--tol=1",), "--tol=1: expected from 0 to less than 1, or none"),
         (("--tol=-1e-3",), "--tol=-0.001: expected from 0 to less than 1, or none"),
-        (("--max_products=0",), "--max_products=0: expected an integer at least 1, or none"),
+        (("--max_products=0",), "--max_products=0: expected an integer at least 1 and at most 2.1"),
+        (("--max_products=2147483648",), "--max_products=2147483648: expected an integer at least"),
         (("--directed",), "--directed=true: expected an edge list with it, got --matrix="),
         (("--noheader",), "--header=false: expected an edge list with it, got --matrix="),
         (("--ignore_extra",), "--ignore_extra=true: expected an edge list with it"),
