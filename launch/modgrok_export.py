@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -57,8 +58,18 @@ class ExportConfig:
             raise ValueError(f"--output={self.output}: expected one of {', '.join(_ENDINGS)}")
         if Path(self.output).exists() and not self.overwrite:
             raise ValueError(f"--output={self.output}: exists; --overwrite replaces it")
+        if self.group == "union" and _mask(self.output).exists() and not self.overwrite:
+            raise ValueError(
+                f"--output={self.output}: {_mask(self.output)} of --group=union exists; "
+                "--overwrite replaces it"
+            )
         if not Path(self.output).absolute().parent.is_dir():
             raise ValueError(f"--output={self.output}: expected a folder that exists")
+
+
+def _mask(output: str | Path) -> Path:
+    """The file beside `output` that says which group uses which of its blocks."""
+    return Path(output).with_name(f"{Path(output).stem}.mask.npz")
 
 
 def run_settings(workdir: str) -> modgrok_config.TrainConfig:
@@ -80,7 +91,7 @@ class _Selected(NamedTuple):
     """A checkpoint after its gates, if it has any, have been applied."""
 
     step: int
-    meta: dict[str, Any]
+    meta: dict[str, Any]  # best_score is None if it is not of these weights and blocks
     model: Any  # modgrok.Config
     state: Any  # TrainState without gates
     key: Any  # of the batches
@@ -112,19 +123,19 @@ def _select(cfg: ExportConfig, run: modgrok_config.TrainConfig) -> _Selected:
             f"has saved one{other}"
         )
     state, key = restored.state
-    about = (restored.step, restored.meta)
     if latent is None:
         if cfg.prune:
             raise UsageError(f"--prune: the run in {cfg.workdir} has no gates (--latent_depth)")
-        return _Selected(*about, model, state, key, None, None)
+        return _Selected(restored.step, restored.meta, model, state, key, None, None)
 
     params = state.params if state.ema is None else state.ema
     logits_GL = np.asarray(params["gates"]["logits_GL"])
     mask_GL = logits_GL > 0
+    shared_L = np.asarray(latent_depth.shared_logits(logits_GL)) > 0
     if cfg.group == "union":
         keep_L = mask_GL.any(0)
     elif cfg.group == "shared":
-        keep_L = np.asarray(latent_depth.shared_logits(logits_GL)) > 0
+        keep_L = shared_L
     elif int(cfg.group) < len(mask_GL):
         keep_L = mask_GL[int(cfg.group)]
     else:
@@ -143,7 +154,10 @@ def _select(cfg: ExportConfig, run: modgrok_config.TrainConfig) -> _Selected:
     )
     small = latent_depth.pruned_config(model, keep_L)
     kept = np.flatnonzero(keep_L)
-    return _Selected(*about, small, pruned, key, kept.tolist(), mask_GL[:, kept])
+    # The best score is that of unseen tasks, with shared gates, at the best step: no other's.
+    scored = restored.step == restored.meta["best_step"] and (keep_L == shared_L).all()
+    meta = restored.meta if scored else {"best_step": restored.step, "best_score": None}
+    return _Selected(restored.step, meta, small, pruned, key, kept.tolist(), mask_GL[:, kept])
 
 
 def main(cfg: ExportConfig) -> None:
@@ -166,9 +180,9 @@ def main(cfg: ExportConfig) -> None:
         if cfg.group == "union" and chosen.mask_GL is not None:
             import numpy as np
 
-            mask = output.with_name(f"{output.stem}.mask.npz")
-            np.savez(mask, mask_GK=chosen.mask_GL, kept_layers=np.array(chosen.kept_layers))
-            result["mask"] = str(mask)
+            arrays = {"mask_GK": chosen.mask_GL, "kept_layers": np.array(chosen.kept_layers)}
+            _replace(_mask(output), lambda part: np.savez(part, **arrays))
+            result["mask"] = str(_mask(output))
     if not cfg.quiet:
         print(f"wrote {output}, the {cfg.which} checkpoint, step {chosen.step}", file=sys.stderr)
     rundir.summary_line(result)
@@ -179,15 +193,20 @@ def _write_file(cfg: ExportConfig, output: Path, chosen: _Selected) -> None:
 
     state = chosen.state
     params = state.params if state.ema is None else state.ema
-    # Under another name first: a kill or a full disk leaves no half file and spoils no old one.
-    part = output.with_name(f".{output.stem}.part{output.suffix}")
     try:
-        interop.save_reference(part, params, chosen.model)
-        os.replace(part, output)
+        _replace(output, lambda part: interop.save_reference(part, params, chosen.model))
     except ImportError as error:
         raise UsageError(f"--output={cfg.output}: {error}") from error
     except ValueError as error:  # of a post-norm decoder, which the reference cannot be
         raise UsageError(f"--workdir={cfg.workdir}: {error}") from error
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    # Under another name first: a kill or a full disk leaves no half file and spoils no old one.
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        write(part)
+        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -132,7 +132,7 @@ def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
     import jax
 
     from launch import modgrok_instruments as instruments
-    from modgrok import latent_depth
+    from modgrok import interventions, latent_depth
 
     if not all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(params)):
         raise UsageError(
@@ -169,6 +169,14 @@ def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
             f"--feature_shot={shot}: expected 0 to {run.shots - 2}, a shot with another after it"
         )
     tasks, inputs = modgrok_config.prepare_data(run)
+    try:
+        interventions.prompt_inputs(inputs.train_M2, modulus=run.p)
+    except ValueError as error:
+        raise UsageError(
+            f"--checkpoint={cfg.checkpoint}: its model was trained with --input_fraction="
+            f"{run.input_fraction:g}, and none of these {len(inputs.train_M2)} inputs has another "
+            "on its line through the origin and one off it; expected more inputs"
+        ) from error
     open_layers = None
     if gate_L is not None:
         open_layers = tuple(layers)
@@ -247,6 +255,7 @@ def _from_run(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
 
 def _from_file(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
     from modgrok import interop
+    from modgrok.tasks import is_prime
 
     try:
         model, params = interop.load_reference(cfg.checkpoint, heads=cfg.heads)
@@ -256,13 +265,14 @@ def _from_file(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
     extra = model.vocab - cfg.p
     allowed = (0, _REFERENCE_EXTRA) if cfg.extra_tokens is None else (cfg.extra_tokens,)
     if extra not in allowed:
-        moduli = " or ".join(str(model.vocab - x) for x in allowed if model.vocab > x)
+        moduli = [model.vocab - x for x in allowed if model.vocab - x >= 5]
+        moduli = " or ".join(str(p) for p in moduli if is_prime(p))
         ways = [f"--p={moduli}"] if moduli else []
         if extra >= 0:
             ways.append(f"--extra_tokens={extra} if the rest of them are unused")
         raise UsageError(
             f"--p={cfg.p}: the model of {cfg.checkpoint} has {model.vocab} tokens; expected "
-            f"{', or '.join(ways) or 'fewer --extra_tokens'}"
+            f"{', or '.join(ways) or 'a smaller --p'}"
         )
     given = {name: getattr(cfg, name) for name in OF_THE_RUN if getattr(cfg, name) is not None}
     run = modgrok_config.TrainConfig(
@@ -297,6 +307,11 @@ def _latent_depth(params: Any) -> tuple[Any, Any]:
     return latent_depth.rounded(logits_L), latent_depth.posterior(params)
 
 
+def _sharing(devices: int, sequences: int) -> int:
+    """How many devices share the sequences evenly: their number must not depend on the devices."""
+    return max(n for n in range(1, devices + 1) if sequences % n == 0)
+
+
 def _work(
     cfg: InspectConfig, problem: Any, folder: rundir.RunDir, say: Callable[..., None]
 ) -> tuple[dict[str, Any], program.Arrays]:
@@ -306,12 +321,11 @@ def _work(
     from launch import parallel
 
     size = instruments.SIZES[cfg.size]
-    mesh = parallel.make_mesh(cfg.devices)
-    # Rows are spread evenly; the devices of a simulated mesh may be more than the quick size has.
-    rows = -(-size.sequences // mesh.size) * mesh.size
-    look = instruments.Look(
-        problem, size._replace(sequences=rows), program.key_for(cfg, 1), cfg.rows, mesh, say
-    )
+    there = parallel.make_mesh(cfg.devices).size
+    mesh = parallel.make_mesh(_sharing(there, size.sequences))
+    if mesh.size < there:
+        say(f"{mesh.size} of {there} devices, which share {size.sequences} sequences evenly")
+    look = instruments.Look(problem, size, program.key_for(cfg, 1), cfg.rows, mesh, say)
     names = ("network", *cfg.controls)
     say(f"{problem.source} Looking at {', '.join(names)}; compiling first")
     arrays: dict[str, dict[str, np.ndarray]] = {}
@@ -334,7 +348,7 @@ def _work(
         feature_shot=problem.feature_shot,
         size=cfg.size,
         repetitions=size.repetitions,
-        sequences=rows,
+        sequences=size.sequences,
         figures=cfg.figures,
     )
     folder.save_text("scores.json", json.dumps(scores, allow_nan=False) + "\n")

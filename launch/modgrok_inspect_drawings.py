@@ -30,10 +30,7 @@ def draw(all_arrays: Mapping[str, Arrays]) -> dict[str, Any]:
     figures = {
         "grids": make.shot_grids(grid, shot_K),
         "shots": make.curves(
-            {
-                label: all_arrays[name]["accuracy_R4S"][:, UNSEEN].mean(0)
-                for name, label in titles.items()
-            },
+            *_bands({x: all_arrays[name]["accuracy_R4S"][:, UNSEEN] for name, x in titles.items()}),
             xlabel="examples (unseen tasks, train inputs)",
             ylabel="accuracy",
         ),
@@ -41,7 +38,7 @@ def draw(all_arrays: Mapping[str, Arrays]) -> dict[str, Any]:
             {TITLES[name]: all_arrays[name]["corruption_accuracy_SS"].mean(0) for name in titles}
         ),
         "several": make.curves(
-            {TITLES[name]: all_arrays[name]["several_RS"].mean(0) for name in titles},
+            *_bands({x: all_arrays[name]["several_RS"] for name, x in titles.items()}),
             xlabel=f"wrong labels among {own['several_RS'].shape[-1] - 1} examples",
             ylabel="accuracy",
         ),
@@ -103,31 +100,38 @@ def _intervention_figures(own: Arrays) -> dict[str, Any]:
         kind: interventions.interval(changes(own, f"head_{kind}_accuracy_R4GS")[:, UNSEEN, single])
         for kind in interventions.KINDS
     }
-    accuracy_GS = own["head_mean_accuracy_R4GS"][:, UNSEEN].mean(0)
+    accuracy_RGS = own["head_mean_accuracy_R4GS"][:, UNSEEN]
     heads_alone = list(head_names(layer_L, heads))
     groups = [
         "+".join(f"{layer_L[i]}.{j}" for i, j in np.argwhere(mask)) for mask in own["together_GLH"]
     ]
     names = ["untouched", *(f"without {name}" for name in (*heads_alone, *groups))]
-    effect_R = own["patched_clean_R"] - own["patched_corrupt_R"]
-    gained_LT = (own["patched_residual_RLT"] - own["patched_corrupt_R"][:, None, None]).mean(0)
     figures = {
         "ablation": make.effects_of_heads(bars, layer_L, heads),
         "ablation_shots": make.curves(
-            dict(zip(names, accuracy_GS, strict=True)),
+            dict(zip(names, accuracy_RGS.mean(0), strict=True)),
             xlabel="examples (unseen tasks, train inputs; mean in place of a head)",
             ylabel="accuracy",
         ),
         "lens": make.curves(
-            {
-                "embedding" if i == 0 else f"after block {layer_L[i - 1]}": row
-                for i, row in enumerate(own["lens_accuracy_RLS"].mean(0))
-            },
+            *_bands(
+                {
+                    "embedding" if i == 0 else f"after block {layer_L[i - 1]}": value_RS
+                    for i, value_RS in enumerate(np.moveaxis(own["lens_accuracy_RLS"], 1, 0))
+                }
+            ),
             xlabel="examples (unseen tasks, train inputs)",
             ylabel="accuracy",
         ),
     }
-    if patching(own)["effect_beyond_zero"]:
-        share_LT = gained_LT / effect_R.mean()
+    patched = patching(own)
+    if patched["effect_beyond_zero"]:
+        share_LT = patched["share_residual"]
         figures["patching"] = make.patching_map(share_LT, match=match_of(shots), layer_L=layer_L)
     return figures
+
+
+def _bands(value: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Means over repetitions, and the ends of their intervals, of name -> value_RS."""
+    found = {name: interventions.interval(value_RS) for name, value_RS in value.items()}
+    return {k: x.mean for k, x in found.items()}, {k: (x.low, x.high) for k, x in found.items()}

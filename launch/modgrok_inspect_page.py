@@ -62,7 +62,7 @@ def page(all_scores: Mapping[str, dict[str, Any]], about: About) -> str:
         ["best head: circle of circles, additive basis, R²", "best_circle_additive"],
         ["embedding: best frequency, log basis, R²", "embedding_log"],
         ["embedding: best frequency, additive basis, R²", "embedding_additive"],
-        ["neurons beyond shuffled tokens (.05 by chance), log basis", "neurons_log"],
+        [f"neurons beyond shuffled tokens ({_by_chance(about)}), log basis", "neurons_log"],
         ["neurons beyond shuffled tokens, additive basis", "neurons_additive"],
         ["x / y decides similarity at y: within minus between", "ratio_similarity_y"],
         ["x / y decides similarity at z", "ratio_similarity_z"],
@@ -96,7 +96,7 @@ def _behaviour_page(all_scores: Mapping[str, dict[str, Any]], about: About) -> l
         [
             str(k),
             *(
-                f"{_n(grid[f'accuracy_{part}'][i])} ({grid[f'queries_{part}'][i]:.0f})"
+                f"{_at(grid, f'accuracy_{part}', i)} ({grid[f'queries_{part}'][i]:.0f})"
                 for part in ("known_to_both", "known_to_regression_only", "known_to_none")
             ),
             *(
@@ -117,7 +117,8 @@ def _behaviour_page(all_scores: Mapping[str, dict[str, Any]], about: About) -> l
         row += [_i(corruption[x]) for x in ("change_on_the_line", "change_elsewhere")]
     return [
         "## Which queries it answers",
-        "Every query (x, y) after k examples, unseen tasks on train inputs; means over contexts. "
+        "Every query (x, y) after k examples, unseen tasks on train inputs; means over contexts, "
+        "for the three accuracies with 95 % intervals. "
         "Ratio Matching knows queries on the line of an example through the origin, modular "
         "regression those in the span of the examples. Accuracy by who knows, with the number of "
         f"such queries of {about.modulus**2}; then precision and recall of the right answers "
@@ -213,7 +214,8 @@ def _inside_page(own: dict[str, Any], about: About) -> list[str]:
         "first two components of a head's output at x and y of shot "
         f"{about.feature_shot} over all {features['inputs']} inputs; R² of their circle of circles "
         f"({features['degrees_of_freedom']} degrees of freedom), with 95 % of shuffled tokens in "
-        "brackets; cosine similarity within ratios minus between, with the p-value of renamed y "
+        "brackets; cosine similarity within ratios minus between. Scores are means over "
+        "repetitions, shuffles and p-values of the first alone; those of x/y rename y "
         f"({about.modulus - 1} of the ({about.modulus} - 1)! ways to rename keep the ratios "
         "together, so that it need not reach the smallest value there is).",
         table(
@@ -250,8 +252,13 @@ def _inside_page(own: dict[str, Any], about: About) -> list[str]:
         *_figure("Spectrum of the embedding", "spectrum", about),
         "## Neurons",
         f"Of {neurons['number']} neurons in each layer at y of shot {about.feature_shot}: the best "
-        "mode (t, u) of x and y has R²; shuffled tokens; share of live neurons beyond 95 % of "
-        "their own shuffles (.05 by chance).",
+        "mode (t, u) of x and y has R² (of the first repetition); shuffled tokens; share of live "
+        f"neurons beyond their own shuffles, p at most .05 ({_by_chance(about)}"
+        + (
+            ", where 1 of 6 renamings, or of 15 in the log basis, keeps all fits)."
+            if about.modulus == 5
+            else ")."
+        ),
         table(
             [
                 "layer",
@@ -288,20 +295,18 @@ def _interventions_page(own: dict[str, Any], about: About) -> list[str]:
         for name in groups["zero"]
     ]
     if patching["effect_beyond_zero"]:
-        share_LT = np.array(patching["share_residual"], float)
         at = 3 * match_of(about.shots) + 2
         stream = [
-            [str(layer), _n(share_T[at]), _n(share_T[-1])]
-            for layer, share_T in zip(_layers(own), share_LT, strict=True)
+            [str(layer), *(_at(patching, "share_residual", i, x) for x in (at, -1))]
+            for i, layer in enumerate(_layers(own))
         ]
-        share_LH = np.array(patching["share_head"], float)
-        names = head_names(_layers(own), share_LH.shape[1])
+        names = head_names(_layers(own), len(patching["share_head"][0]))
         patched = [
             "Put back into the corrupt run, the clean stream at the z of that example, or at the "
             "last position, recovers this share of it:",
             table(["after block", "at z of the example", "at the query's y"], stream),
             "and the clean output of a head (all positions): "
-            + ", ".join(f"{name} {_n(share_LH[at])}" for name, at in names.items())
+            + ", ".join(f"{name} {_at(patching, 'share_head', *x)}" for name, x in names.items())
             + ".",
             *_figure("Share of the effect recovered", "patching", about),
         ]
@@ -337,9 +342,10 @@ def _interventions_page(own: dict[str, Any], about: About) -> list[str]:
         *patched,
         "Read by the final norm and unembedding before the first block and after each (unseen "
         "tasks, train inputs, last shot): accuracy "
-        + ", ".join(_n(x) for x in lens["accuracy_by_layer"])
-        + "; loss "
-        + ", ".join(_n(x) for x in lens["loss_by_layer"])
+        + "; loss ".join(
+            ", ".join(_at(lens, name, i) for i in range(len(lens[name])))
+            for name in ("accuracy_by_layer", "loss_by_layer")
+        )
         + " nats.",
         *_figure("Logit lens", "lens", about),
     ]
@@ -358,6 +364,11 @@ def _depth_page(own: dict[str, Any], about: About) -> list[str]:
         table(["group", "expected depth", "kept"], lines),
         *_figure("Inclusion by group and layer", "posterior", about),
     ]
+
+
+def _by_chance(about: About) -> str:
+    """Share of neurons whose p-value is at most .05."""
+    return "no test at p = 5" if about.modulus == 5 else ".05 by chance"
 
 
 def _layers(own: Mapping[str, Any]) -> Sequence[int]:
@@ -379,7 +390,13 @@ def _n(value: float | str | None) -> str:
 
 def _i(values: Sequence[float | None]) -> str:
     mean, low, high = values
-    return _n(mean) if low is None else f"{_n(mean)} [{_n(low)}, {_n(high)}]"
+    return _n(mean) if _n(low) == "-" else f"{_n(mean)} [{_n(low)}, {_n(high)}]"
+
+
+def _at(scores: Mapping[str, Any], name: str, *index: int) -> str:
+    """One number of a table with its interval."""
+    keys = (name, f"{name}_low", f"{name}_high")
+    return _i([np.array(scores[key], float)[index] for key in keys])
 
 
 def _figure(title: str, name: str, about: About) -> list[str]:

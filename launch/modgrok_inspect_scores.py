@@ -1,7 +1,9 @@
 """From the arrays of modgrok_inspect to its scores.
 
 Scores are plain numbers. One with repetitions is a list [mean, low, high] with a 95 % interval of
-Student's t; the best head or neuron is chosen by its mean, which favours all subjects alike.
+Student's t; of a table of numbers the ends have names of their own, NAME_low and NAME_high. The
+best head or neuron is chosen by its mean, which favours all subjects alike. P-values, and all that
+is said of neurons, are of the first repetition alone, which is the one that is shuffled.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +47,7 @@ def scores(arrays: Arrays) -> dict[str, Any]:
         "label_corruption": {
             "change_on_the_line": _spread(arrays["corruption_matched"]),
             "change_elsewhere": _spread(arrays["corruption_unmatched"]),
-            "accuracy_with_wrong_labels": arrays["several_RS"].mean(0),
+            **_named("accuracy_with_wrong_labels", interventions.interval(arrays["several_RS"])),
         },
         "grids": _grids(arrays),
         "attention": _attention(arrays),
@@ -58,8 +60,11 @@ def scores(arrays: Arrays) -> dict[str, Any]:
         result["ablation"] = _ablation(arrays)
         result["patching"] = patching(arrays)
         result["logit_lens"] = {
-            "accuracy_by_layer": arrays["lens_accuracy_RLS"][..., -1].mean(0),
-            "loss_by_layer": arrays["lens_loss_RLS"][..., -1].mean(0),
+            key: value
+            for name in ("accuracy", "loss")
+            for key, value in _named(
+                f"{name}_by_layer", interventions.interval(arrays[f"lens_{name}_RLS"][..., -1])
+            ).items()
         }
     if "open_layer_L" in arrays:
         result["open_layers"] = arrays["open_layer_L"]
@@ -93,6 +98,25 @@ def _spread(value_R: np.ndarray) -> list[float]:
     return list(interventions.interval(value_R))
 
 
+def _named(name: str, found: interventions.Interval) -> dict[str, Any]:
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def ratio_interval(part_RX: np.ndarray, whole_RX: np.ndarray) -> interventions.Interval:
+    """Ratio of two means over the first axis; NaN where the second is 0.
+
+    The interval is that of the mean of part - ratio x whole, over the mean of the whole: a ratio of
+    single repetitions would be of any size where the whole happens to be small.
+    """
+    part_RX, whole_RX = np.broadcast_arrays(part_RX, whole_RX)
+    whole_X = whole_RX.mean(0)
+    scale_X = np.where(whole_X == 0, np.nan, whole_X)
+    ratio_X = part_RX.mean(0) / scale_X
+    rest = interventions.interval(part_RX - ratio_X * whole_RX)
+    half_X = (rest.high - rest.mean) / np.abs(scale_X)
+    return interventions.Interval(ratio_X, ratio_X - half_X, ratio_X + half_X)
+
+
 def _spreads(value_RLX: np.ndarray, layer_L: Sequence[int]) -> dict[str, Any]:
     """Of each head, and which is the best."""
     mean, low, high = interventions.interval(value_RLX)
@@ -118,12 +142,9 @@ def _grids(arrays: Arrays) -> dict[str, Any]:
     parts = {"known_to_both": ratio, "known_to_regression_only": regression * (1 - ratio)}
     parts["known_to_none"] = 1 - regression
     for name, mask in parts.items():
-        total_K = mask.sum((1, 2, 3))
-        hits_K = (right * mask).sum((1, 2, 3))
-        result[f"accuracy_{name}"] = [
-            h / t if t else np.nan for h, t in zip(hits_K, total_K, strict=True)
-        ]
-        result[f"queries_{name}"] = total_K / right.shape[1]
+        hits_CK, total_CK = ((x * mask).sum((2, 3)).T for x in (right, 1))
+        result |= _named(f"accuracy_{name}", ratio_interval(hits_CK, total_CK))
+        result[f"queries_{name}"] = total_CK.mean(0)
     return result
 
 
@@ -180,13 +201,17 @@ def _embedding(arrays: Arrays) -> dict[str, Any]:
 
 
 def _neurons(arrays: Arrays) -> dict[str, Any]:
-    """Share of a layer's neurons whose best R^2 exceeds 95 % of the same neuron's shuffles."""
+    """Share of a layer's live neurons whose best R^2 has p <= .05 among their own shuffles.
+
+    Where p = 5 it says nothing: 1 of 6 renamings (in the log basis of 15) leaves every fit as it
+    is, so that no neuron's p-value is that small but by luck of the draw.
+    """
     live_LF = arrays["neuron_deviation_LF"] > 1e-6
     result: dict[str, Any] = {"live": live_LF.mean(1), "number": live_LF.shape[1]}
     for kind in ("log", "additive"):
         fit_LF = arrays[f"neuron_{kind}_RLF"][0]
-        limit_LF = np.quantile(arrays[f"neuron_{kind}_null_ZLF"], 0.95, axis=0)
-        beyond_LF = (fit_LF > limit_LF + 1e-6) & live_LF
+        p_LF = _p_values(fit_LF, arrays[f"neuron_{kind}_null_ZLF"])
+        beyond_LF = (p_LF <= 0.05) & live_LF
         mode_LF2 = arrays[f"neuron_{kind}_mode_LF2"]
         best_L = np.where(live_LF, fit_LF, -1).argmax(1)
         layers = np.arange(len(best_L))
@@ -199,7 +224,7 @@ def _neurons(arrays: Arrays) -> dict[str, Any]:
                     np.moveaxis(arrays[f"neuron_{kind}_null_ZLF"], 1, 0), live_LF, strict=True
                 )
             ],
-            "best_r2": fit_LF.max(1),
+            "best_r2": np.where(live_LF, fit_LF, np.nan)[layers, best_L],
             "best_mode": mode_LF2[layers, best_L],
         }
     return result
@@ -267,9 +292,9 @@ def patching(arrays: Arrays) -> dict[str, Any]:
     result: dict[str, Any] = {"effect_logits": effect, "effect_beyond_zero": there}
     for site, axes in (("residual", "RLT"), ("head", "RLH")):
         gained = arrays[f"patched_{site}_{axes}"] - arrays["patched_corrupt_R"][:, None, None]
-        result[f"gained_logits_{site}"] = gained.mean(0)
-        share = gained.mean(0) / effect_R.mean() if there else np.full(gained.shape[1:], np.nan)
-        result[f"share_{site}"] = share
+        result |= _named(f"gained_logits_{site}", interventions.interval(gained))
+        whole = effect_R if there else np.zeros_like(effect_R)  # no effect has no shares
+        result |= _named(f"share_{site}", ratio_interval(gained, whole[:, None, None]))
     return result
 
 

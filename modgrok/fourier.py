@@ -159,6 +159,7 @@ def circles(share_GM: jax.Array, modulus: int) -> jax.Array:
     The model is a constant, one cosine and sine of x, and one of y: 5 degrees of freedom (in the
     log basis tokens 0 then sit in the centres of the circles, as in figure 1d).
     """
+    check_modulus(modulus)
     num = (modulus - 1) // 2
     return share_GM[..., :num].max(-1) + share_GM[..., num : 2 * num].max(-1)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 
@@ -67,6 +68,9 @@ def shot_grids(
             f"context_CT has shape {context_CT.shape}, wanted {len(task_C2)} whole sequences, one "
             "for each task"
         )
+    shots, shot_K = context_CT.shape[1] // 3, np.asarray(shot_K)
+    if ((shot_K < 0) | (shot_K >= shots)).any():
+        raise ValueError(f"shot_K={shot_K.tolist()}: wanted numbers from 0 to {shots - 1}")
     predict = predict if isinstance(predict, Partial) else Partial(predict)
     options = {"modulus": modulus, "rows": rows, "row_sharding": row_sharding}
     return _shot_grids(predict, context_CT, task_C2, shot_K, **options)
@@ -126,7 +130,7 @@ def known(
 def overlap(right_KCpp: jax.Array, mask_KCpp: jax.Array) -> Overlap:
     """Precision, recall, and what is right beyond the mask.
 
-    - precision: share of the right answers that are in the mask;
+    - precision: share of the right answers that are in the mask, NaN if none is right;
     - recall: share of the mask that is right;
     - outside: share of the rest that is right, NaN if the mask is everything. An algorithm that
       knows the mask and guesses elsewhere has recall 1 and outside 1 / p, and its precision is

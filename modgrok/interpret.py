@@ -155,6 +155,7 @@ def matches(tokens_BT: jax.Array, modulus: int) -> jax.Array:
 
     On one line through the origin means x y_i = y x_i mod p; inputs (0, 0) match nothing.
     """
+    check_modulus(modulus)
     x_BS, y_BS = tokens_BT[:, ::3], tokens_BT[:, 1::3]
     cross_BSS = x_BS[:, :, None] * y_BS[:, None] - y_BS[:, :, None] * x_BS[:, None]
     nonzero_BS = (x_BS != 0) | (y_BS != 0)
@@ -180,6 +181,7 @@ def input_grid(context_T: jax.Array, task_2: jax.Array, *, modulus: int, shot: i
     Returns:
         p^2 sequences, x slowest, cut off after the shot that follows.
     """
+    check_modulus(modulus)
     shots = context_T.shape[0] // 3
     if not 0 <= shot < shots - 1:
         raise ValueError(f"shot={shot} must be between 0 and {shots - 2}, before the last one")

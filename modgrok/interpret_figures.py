@@ -258,11 +258,21 @@ def corruption_maps(accuracy: Mapping[str, ArrayLike]) -> "Figure":
     return figure
 
 
-def curves(lines: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str) -> "Figure":
-    """A curve for each name, against 0, 1, 2, ..."""
+def curves(
+    lines: Mapping[str, ArrayLike],
+    bands: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+) -> "Figure":
+    """A curve for each name, against 0, 1, 2, ...; bands: name -> (low_X, high_X), shaded."""
     figure, ((axes,),) = _grid(1, 1, 3.6, width=6.0)
     for i, (name, value_X) in enumerate(lines.items()):
-        axes.plot(np.asarray(value_X), color=_COLORS[i % len(_COLORS)], marker=".", label=name)
+        color = _COLORS[i % len(_COLORS)]
+        axes.plot(np.asarray(value_X), color=color, marker=".", label=name)
+        if bands and name in bands:
+            low_X, high_X = (np.asarray(x, float) for x in bands[name])
+            axes.fill_between(range(len(low_X)), low_X, high_X, color=color, alpha=0.15, lw=0)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False, fontsize=8)
     return figure

@@ -175,6 +175,32 @@ def _ablate(params, tokens_BT, mask_GLX, key, kind, gate, *, cfg, site, chunk, r
     return jax.lax.map(one, mask_GLX, batch_size=chunk)
 
 
+def prompt_inputs(
+    input_M2: np.ndarray, *, modulus: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which inputs can make the pairs of `matched_prompts`; numpy alone.
+
+    Returns:
+        (example_M, query_MM, other_MM), bool: inputs that may be the one example on the query's
+        line, and for each example the queries and the other examples that go with it.
+    Raises:
+        ValueError: if no line through the origin has two of the inputs and one off it.
+    """
+    check_modulus(modulus)
+    input_M2 = np.asarray(input_M2)
+    nonzero_M = (input_M2 != 0).any(1)
+    cross_MM = np.outer(input_M2[:, 0], input_M2[:, 1])
+    on_MM = ((cross_MM - cross_MM.T) % modulus == 0) & nonzero_M & nonzero_M[:, None]
+    query_MM = on_MM & ~np.eye(len(input_M2), dtype=bool)
+    other_MM = ~on_MM & nonzero_M
+    example_M = nonzero_M & query_MM.any(1) & other_MM.any(1)
+    if not example_M.any():
+        raise ValueError(
+            f"input_M2: none of {len(input_M2)} inputs has another on its line and one off it"
+        )
+    return example_M, query_MM, other_MM
+
+
 def matched_prompts(
     key: jax.Array,
     task_W2: jax.Array,
@@ -195,28 +221,15 @@ def matched_prompts(
         key: spent here; draws tasks from `task_W2` and inputs from `input_M2`.
         shots: S, the query is the last.   match: from 0 to S - 2.
     Raises:
-        ValueError: if `match` is no earlier shot, or no line through the origin has two inputs and
-            one off it.
+        ValueError: if `match` is no earlier shot, or `prompt_inputs` refuses the inputs.
     """
-    check_modulus(modulus)
     if not 0 <= match < shots - 1:
         raise ValueError(f"match={match} must be between 0 and {shots - 2}, before the query")
-    input_M2 = np.asarray(input_M2)
-    nonzero_M = (input_M2 != 0).any(1)
-    cross_MM = np.outer(input_M2[:, 0], input_M2[:, 1])
-    on_MM = ((cross_MM - cross_MM.T) % modulus == 0) & nonzero_M & nonzero_M[:, None]
-    other_MM = on_MM & ~np.eye(len(input_M2), dtype=bool)
-    off_MM = ~on_MM & nonzero_M
-    usable_M = nonzero_M & other_MM.any(1) & off_MM.any(1)
-    if not usable_M.any():
-        raise ValueError(
-            f"input_M2: none of {len(input_M2)} inputs has another on its line and one off it"
-        )
     return _matched_prompts(
         key,
         task_W2,
-        input_M2,
-        (usable_M, other_MM, off_MM),
+        np.asarray(input_M2),
+        prompt_inputs(input_M2, modulus=modulus),
         modulus=modulus,
         shots=shots,
         match=match,
@@ -226,7 +239,7 @@ def matched_prompts(
 
 @functools.partial(jax.jit, static_argnames=("modulus", "shots", "match", "batch"))
 def _matched_prompts(key, task_W2, input_M2, masks, *, modulus, shots, match, batch):
-    usable_M, other_MM, off_MM = masks
+    usable_M, query_MM, other_MM = masks
     task_W2, input_M2 = jnp.asarray(task_W2, jnp.int32), jnp.asarray(input_M2, jnp.int32)
     keys = jax.random.split(key, 5)
 
@@ -234,8 +247,8 @@ def _matched_prompts(key, task_W2, input_M2, masks, *, modulus, shots, match, ba
         return jax.random.categorical(key, jnp.where(mask_BM, 0.0, -jnp.inf), shape=shape)
 
     example_B = choose(keys[0], usable_M, (batch,))
-    query_B = choose(keys[1], other_MM[example_B], (batch,))
-    index_SB = choose(keys[2], off_MM[example_B], (shots, batch))
+    query_B = choose(keys[1], query_MM[example_B], (batch,))
+    index_SB = choose(keys[2], other_MM[example_B], (shots, batch))
     index_BS = index_SB.at[match].set(example_B).at[-1].set(query_B).T
     a_B1, b_B1 = task_W2[jax.random.randint(keys[3], (batch,), 0, task_W2.shape[0])].T[..., None]
     x_BS, y_BS = jnp.moveaxis(input_M2[index_BS], -1, 0)
@@ -270,14 +283,17 @@ def patch_activations(
         prompts: pairs that differ in one label.
         site: "residual", the stream after each layer at each position: patched has axes LT;
             "head", the output of each head at all positions: LH.
-        start: the first position of the stream that is patched. Before the first token that
-            differs both runs are the same, so that nothing can come of it.
+        start: the first position of the stream that is patched, from 0 to T - 1. Before the first
+            token that differs both runs are the same, so that nothing can come of it.
         chunk, row_sharding: as in `ablate`.
     Returns:
         `Recovery`, whose `share` is the normalised logit difference.
     """
     if site not in ("residual", "head"):
         raise ValueError(f"site={site!r} is not one of 'residual', 'head'")
+    length = prompts.clean_BT.shape[1] - 1
+    if not 0 <= start < length:
+        raise ValueError(f"start={start} must be between 0 and {length - 1}, a position")
     clean_BT, corrupt_BT = (spread(x, row_sharding) for x in prompts[:2])
 
     def difference(logits_BTV):

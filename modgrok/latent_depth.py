@@ -387,9 +387,10 @@ def pruned_config(cfg: Config, keep_L: np.ndarray) -> Config:
 def forward_flops(cfg: Config, *, shots: int, keep_L: Sequence[bool] | None = None) -> int:
     """Flops of the matrix products of one sequence's forward pass, blocks that are kept only.
 
-    2 for each multiply-add. Counts what the program computes: causal pairs in the attention, the
-    last kept block at answer positions only. (Its saving on the first block, whose projections
-    are of V ids and not of B T tokens, is left out: it depends on the batch.)
+    2 for each multiply-add. Counts what the pruned network (`prune`) computes: causal pairs in the
+    attention, the last kept block at answer positions only. (Left out is its saving on the first
+    block, whose projections are of V ids and not of B T tokens: it depends on the batch. The whole
+    network with skip=True has neither saving: blocks it computes are at all positions.)
     """
     kept = cfg.layers if keep_L is None else int(np.sum(np.asarray(keep_L, bool)))
     length, width = 3 * shots - 1, cfg.width

@@ -1,7 +1,8 @@
 """Eight simulated CPU devices for the whole suite, set before jax is imported.
 
-Most of the suite's time is compilation. XLA's older code for fusions compiles in half the time, but
-runs slower: tests of programs that run for minutes leave it out.
+Most of the suite's time is compilation. XLA's older code for fusions and LLVM without optimisation
+compile in less than half the time, but run slower: tests of programs that run for minutes do
+without both.
 
 With JAX_PLATFORMS=cuda,cpu in the environment it runs on a GPU: float32 products are then in full
 precision, and tests of several devices, or of equal bits, fail.
@@ -15,7 +16,9 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    "XLA_FLAGS",
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    " --xla_backend_optimization_level=0",
 )
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # a CPU knows no other

@@ -1,5 +1,6 @@
 """Latent depth in launch/modgrok_train.py and launch/modgrok_export.py."""
 
+import dataclasses
 import json
 import shutil
 
@@ -208,6 +209,52 @@ def test_the_union_of_groups_comes_with_its_mask(selected, tmp_path, capsys):
     with np.load(json.loads(capsys.readouterr().out)["mask"]) as arrays:
         np.testing.assert_array_equal(arrays["mask_GK"], [[True]])
         np.testing.assert_array_equal(arrays["kept_layers"], [1])
+
+
+def test_an_existing_mask_stays_unless_told(selected, tmp_path):
+    mask = tmp_path / "model.mask.npz"
+    mask.write_text("mine")
+    cfg = ExportConfig(str(selected[0]), str(tmp_path / "model.npz"), group="union")
+    with pytest.raises(ValueError, match=r"model.mask.npz of --group=union exists; --overwrite"):
+        cfg.validate()
+    forced = dataclasses.replace(cfg, overwrite=True)
+    forced.validate()
+    modgrok_export.main(forced)
+    with np.load(mask) as arrays:
+        np.testing.assert_array_equal(arrays["kept_layers"], [1])
+    assert {path.name for path in tmp_path.glob("*.*")} == {"model.npz", "model.mask.npz"}
+
+
+def test_a_pruned_run_has_the_best_score_only_if_it_is_its_own(tmp_path):
+    """Which is that of the shared gates, at the best step."""
+    cfg = settings(*GATED, "--task_groups=random", "--gate_groups=2")
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    stored = {"program": "modgrok_train"} | dataclasses.asdict(cfg)
+    (workdir / "config.json").write_text(json.dumps(stored))
+    latent = modgrok_config.make_latent(cfg, np.array([0, 1]))
+    make = modgrok_config.state_maker(cfg, *modgrok_config.make_model(cfg, latent), latent)
+    state, key = make(modgrok_config.key_for(cfg, 1), modgrok_config.key_for(cfg, 2))
+    logits_GL = jnp.array([[3.0, -1.0], [3.0, 2.0]])  # shared: both blocks are open
+    state.params["gates"]["logits_GL"] = state.ema["gates"]["logits_GL"] = logits_GL
+    meta = {"best_step": 4, "best_score": 0.5}
+    with Checkpoints(workdir / "checkpoints") as store:
+        store.save_best(4, (state, key), meta)
+        store.save(6, (state, key), meta)
+
+    def pruned(which, group):
+        output = tmp_path / f"{which}_{group}"
+        modgrok_export.main(ExportConfig(str(workdir), str(output), which, prune=True, group=group))
+        small = modgrok_export.run_settings(str(output))
+        like = modgrok_config.abstract_state(small, *modgrok_config.make_model(small))
+        with Checkpoints(output / "checkpoints") as store:
+            metas = [store.restore(like, which=slot).meta for slot in ("best", "latest")]
+        assert metas[0] == metas[1]
+        return metas[0]
+
+    assert pruned("best", "shared") == pruned("best", "1") == meta
+    assert pruned("best", "0") == {"best_step": 4, "best_score": None}
+    assert pruned("latest", "shared") == {"best_step": 6, "best_score": None}
 
 
 def test_a_pruned_run_is_an_ordinary_one_that_goes_on(program, selected, tmp_path, capsys):

@@ -137,3 +137,8 @@ def test_constants_have_no_modes_whatever_rounding_leaves():
 def test_refusals(value, options, words):
     with pytest.raises(ValueError, match=words):
         fourier.token_shares(value, **options)
+
+
+def test_circles_refuse_what_is_no_prime():
+    with pytest.raises(ValueError, match="modulus=6 is not a prime"):
+        fourier.circles(jnp.ones(12), 6)

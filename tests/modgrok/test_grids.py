@@ -84,6 +84,8 @@ def test_overlap_of_a_grid_by_hand():
     )
     precision, recall, outside = grids.overlap(right_pp, mask_pp)
     np.testing.assert_allclose([precision, recall, outside], [2 / 2.5, 2 / 3, 0.5])
+    precision, recall, outside = grids.overlap(0 * right_pp, mask_pp)
+    np.testing.assert_array_equal([precision, recall, outside], [np.nan, 0, 0])
 
 
 def test_any_function_will_do_and_a_partial_is_traced_once():
@@ -131,3 +133,6 @@ def test_refusals():
         ask(controls.bayes(P).predict, CONTEXT_CT, TASK_C2[:2], SHOT_K)
     with pytest.raises(ValueError, match="modulus=6 is not a prime"):
         grids.shot_grids(len, CONTEXT_CT, TASK_C2, SHOT_K, modulus=6)
+    for shot in (-1, SHOTS):
+        with pytest.raises(ValueError, match=rf"shot_K=\[0, {shot}\]: wanted numbers from 0 to 6"):
+            ask(controls.bayes(P).predict, CONTEXT_CT, TASK_C2, [0, shot])

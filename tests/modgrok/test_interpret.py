@@ -293,6 +293,11 @@ def test_controls_answer_as_the_oracles_and_differ():
             ),
             "modulus=3 leaves no pairs",
         ),
+        (
+            lambda: interpret.input_grid(TOKENS_BT[5], np.array([2, 3]), modulus=6, shot=3),
+            "modulus=6 is not a prime",
+        ),
+        (lambda: interpret.matches(TOKENS_BT, 6), "modulus=6 is not a prime"),
     ],
 )
 def test_refusals(call, words):

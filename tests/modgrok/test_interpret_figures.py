@@ -116,6 +116,13 @@ def test_other_maps_and_curves():
         np.testing.assert_allclose(images(draw(maps))[:2], list(maps.values()), rtol=1e-6)
     figure = figures.curves({"a": [1, 2], "b": [3, 4]}, xlabel="x", ylabel="y")
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[1, 2], [3, 4]]
+    assert not figure.axes[0].collections
+    figure = figures.curves(
+        {"a": [1, 2], "b": [3, 4]}, {"b": ([2.5, 3.5], [3.5, 5])}, xlabel="x", ylabel="y"
+    )
+    (band,) = figure.axes[0].collections
+    corners = {(0, 2.5), (1, 3.5), (1, 5), (0, 3.5)}
+    assert set(map(tuple, band.get_paths()[0].vertices)) == corners
 
 
 def test_importing_and_drawing_leave_pyplot_alone(tmp_path):

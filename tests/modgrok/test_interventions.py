@@ -243,6 +243,14 @@ ABLATE = functools.partial(interventions.ablate, PARAMS, TOKENS_BT, key=KEY, cfg
             lambda: interventions.patch_activations(PARAMS, FEW, cfg=CFG, site="hidden"),
             "site='hidden' is not one of 'residual', 'head'",
         ),
+        (
+            lambda: interventions.patch_activations(PARAMS, FEW, cfg=CFG, start=17),
+            "start=17 must be between 0 and 16",
+        ),
+        (
+            lambda: interventions.patch_activations(PARAMS, FEW, cfg=CFG, start=-1),
+            "start=-1 must be between 0 and 16",
+        ),
     ],
 )
 def test_refusals(call, words):
