@@ -85,16 +85,16 @@ def _prepare(cfg: PhaseConfig, say: Callable[..., None]) -> dict[int, _Depth]:
         plan = make_plan(cfg, layers)
 
         def gib(runs: int, plan: Any = plan) -> float:
-            need = phase.memory_bytes(
-                plan, runs=runs, together=together, padded_tasks=sum(sizes[:2])
-            )
+            need = phase.memory_bytes(plan, runs=runs, together=together, num_tasks=sizes[:2])
             return shared * need / _GIB
 
         if gib(1) > cfg.memory_gib:
+            again = dataclasses.replace(plan, cfg=dataclasses.replace(plan.cfg, remat=True))
+            remat = ", or --remat" if gib(1, again) < gib(1) else ""  # on a CPU in deep models
             raise UsageError(
                 f"--memory_gib={cfg.memory_gib:g}: one run with --layers={layers} needs about "
                 f"{gib(1):.3g} GiB{f' on {shared} devices' if shared > 1 else ''}; expected at "
-                "least that, or a smaller --batch, --width, --eval_rows or --devices, or --remat"
+                f"least that, or a smaller --batch, --width, --eval_rows or --devices{remat}"
             )
         most = next(
             c for c in range(max(1, -(-cfg.chunk // mesh.size)), 0, -1) if gib(c) <= cfg.memory_gib
@@ -181,6 +181,10 @@ def _kept(
             part = {name: file[name] for name in _ARRAYS}
         if [part[name].shape for name in _ARRAYS] != [(tests,), (tests, 4), (tests, 2)]:
             raise ValueError("its arrays have other shapes")
+        if not all(np.issubdtype(x.dtype, np.floating) for x in part.values()):
+            raise ValueError("its arrays are not of floats")
+        if any(((x < 0) | (x > 1.0001)).any() for x in (part["accuracy_C4"], part["deciding_C2"])):
+            raise ValueError("its accuracies are not between 0 and 1")  # NaN: it diverged
     except Exception as error:  # damaged archives raise errors of many types
         aside = f"moved to {_put_aside(source, path)}" if own else "left aside"
         say(f"{path}: {aside}, it cannot be read ({error}); this run is trained again")
@@ -260,12 +264,13 @@ class _Trainer:
     ) -> dict[Cell, Any]:
         """The arrays of every run of the group, which are also saved.
 
-        Of no run if what was begun is damaged; it is then put aside.
+        Of no run if what was begun is damaged, or holds other runs than its list names; it is then
+        put aside.
         """
         import jax
 
         from launch import parallel
-        from launch.checkpoints import Checkpoints, DamagedError
+        from launch.checkpoints import Checkpoints
         from modgrok import phase
 
         cfg, folder = self._cfg, self._folder
@@ -288,7 +293,7 @@ class _Trainer:
         try:
             with Checkpoints(source.path) as store:
                 restored = store.restore((like, _records(cfg, len(source.cells))))
-        except DamagedError as error:
+        except UsageError as error:  # damaged, or not the state of as many runs
             aside = _put_aside(folder.path, source.path)
             text = "these runs go on from an earlier one, or begin again"
             print(f"{error}; moved to {aside}, {text}", file=sys.stderr)
@@ -430,7 +435,7 @@ def _result(
             **{f"last_{name}": float(v) for name, v in zip(_SETS, x["last_G4"][g], strict=True)},
             "best_phase": phase.PHASES[x["best_phase_G"][g]],
             "last_phase": phase.PHASES[x["last_phase_G"][g]],
-            "diverged": bool(~np.isfinite(x["loss_GC"][g, -1])),
+            "diverged": not np.isfinite([x["loss_GC"][g, -1], *x["last_G4"][g]]).all(),
         }
         for g, cell in enumerate(wanted)
     ]

@@ -28,7 +28,10 @@ _LINE = "#D55E00"  # vermilion of Okabe and Ito, seen on the whole of viridis
 def grid_maps(
     num_tasks_G: ArrayLike, fraction_G: ArrayLike, accuracy_G4: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(n_N, alpha_A, accuracy_4AN): means over the runs of each cell, NaN where there is none."""
+    """(n_N, alpha_A, accuracy_4AN): means over the runs of each cell that have not diverged.
+
+    NaN where there is none.
+    """
     num_tasks_G, fraction_G = np.asarray(num_tasks_G), np.asarray(fraction_G)
     accuracy_G4 = np.asarray(accuracy_G4, float)
     n_N, column_G = np.unique(num_tasks_G, return_inverse=True)
@@ -37,8 +40,8 @@ def grid_maps(
     for row in range(len(alpha_A)):
         for column in range(len(n_N)):
             there_G = (row_G == row) & (column_G == column)
-            if there_G.any():
-                maps_4AN[:, row, column] = accuracy_G4[there_G].mean(0)
+            mean_4 = np.ma.masked_invalid(accuracy_G4[there_G]).mean(0)  # nanmean, without warning
+            maps_4AN[:, row, column] = mean_4.filled(np.nan)
     return n_N, alpha_A, maps_4AN
 
 

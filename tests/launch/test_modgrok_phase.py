@@ -73,6 +73,17 @@ def test_what_it_leaves(whole):
     assert len((whole / "metrics.jsonl").read_text().splitlines()) == 3  # two tests, the result
 
 
+def test_diverged_runs_have_no_accuracy(program, tmp_path):
+    """Not those of class 0, which argmax takes of NaN."""
+    said = summary(program(*SMALL, "--lr=1e30", f"--workdir={tmp_path}/run"))
+    x = saved(tmp_path / "run")
+    assert said["diverged"] == 2
+    assert x["best_step_G"].tolist() == [-1, -1]
+    for name in ("accuracy_GC4", "deciding_GC2", "best_G4", "last_G4"):
+        assert np.isnan(x[name]).all(), name
+    assert {row["best_unseen_train"] for row in said["runs"]} == {None}
+
+
 @pytest.mark.slow
 def test_a_run_is_that_of_modgrok_train(train, tmp_path, whole):
     flags = [x for x in SMALL if not x.startswith(("--num_tasks", "--eval_rows"))]
@@ -148,6 +159,31 @@ def test_damaged_files_are_said_and_made_again(program, tmp_path, whole):
     assert said["runs_trained"] == 0  # the merged folder has it
     assert len(list((folder / "damaged").iterdir())) == 2
     assert_equal(saved(folder), saved(whole))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: {"accuracy_C4": x["accuracy_C4"] + 7}, "not between 0 and 1"),
+        (lambda x: {"deciding_C2": x["deciding_C2"] - 1.5}, "not between 0 and 1"),
+        (lambda x: {"loss_C": x["loss_C"].astype(str)}, "not of floats"),
+        (lambda x: {"accuracy_C4": x["accuracy_C4"].astype(int)}, "not of floats"),
+        (lambda x: {"loss_C": x["loss_C"][1:]}, "other shapes"),
+        (lambda x: {"accuracy_C4": x["accuracy_C4"] * np.nan}, None),  # diverged
+    ],
+)
+def test_what_a_file_of_a_run_may_hold(change, words, tmp_path, whole):
+    cfg = modgrok_phase_config.PhaseConfig(steps=4, eval_every=2)
+    cell = modgrok_phase_config.Cell(1, 4, 0.8, 0.3, 0)
+    (tmp_path / "runs").mkdir()
+    with np.load(whole / "runs" / f"{cell.name}.npz") as file:
+        x = dict(file)
+    np.savez(tmp_path / "runs" / f"{cell.name}.npz", **x | change(x))
+    said = []
+    kept = modgrok_phase._kept(cfg, tmp_path, cell, said.append, own=True)
+    assert (kept is None) == bool(words)
+    assert len(said) == bool(words)
+    assert not words or words in said[0]
 
 
 @pytest.mark.slow
@@ -280,6 +316,27 @@ def test_interrupted_and_with_damaged_checkpoints(program, tmp_path, whole, monk
         assert ("begin again" in answer[2]) == damaged
         assert not list((folder / "checkpoints").iterdir())
         assert_equal(saved(folder), saved(whole))
+
+
+def test_a_list_of_other_runs_than_the_checkpoint_holds(program, tmp_path, whole, monkeypatch):
+    """Its chunk is put aside and begun again."""
+
+    def stop(*args, **arrays):
+        raise KeyboardInterrupt
+
+    flags = (*SMALL, f"--workdir={tmp_path}/run", "--nofigures")
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir.RunDir, "save_arrays", stop)
+        assert program(*flags)[0] == 130
+    (note,) = (tmp_path / "run" / "checkpoints").glob("*/runs.json")
+    note.write_text(json.dumps(json.loads(note.read_text())[:1]))
+    answer = program(*flags)
+    assert summary(answer)["runs_trained"] == 2
+    assert "holds a state unlike this run's" in answer[2]
+    assert len(list((tmp_path / "run" / "damaged").iterdir())) == 1
+    np.testing.assert_allclose(
+        saved(tmp_path / "run")["accuracy_GC4"], saved(whole)["accuracy_GC4"], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

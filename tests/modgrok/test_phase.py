@@ -53,17 +53,20 @@ def stacked(**options):
     return jnp.stack([key[0] for key in keys]), runs
 
 
-def train(plan, *, calls=2, **options):
+def train(plan, *, calls=2, steps=STEPS, **options):
     keys_G, runs = stacked(sizes=SIZES)
     state, records = phase.init(keys_G, plan=plan), []
     for _ in range(calls):
-        state, record = phase.advance(state, runs, plan=plan, num_steps=STEPS // calls, **options)
+        state, record = phase.advance(state, runs, plan=plan, num_steps=steps // calls, **options)
         records.append(record)
     return state, records
 
 
-def assert_like_alone(plan, state, records, cells):
-    """`train_chunk` and `evaluate` on a run's own arrays, which have its own sizes."""
+def assert_like_alone(plan, state, records, cells, *, steps=STEPS, atol=1e-6):
+    """`train_chunk` and `evaluate` on a run's own arrays, which have its own sizes.
+
+    Parameters, loss and accuracies agree to `atol`.
+    """
     tasks, inputs, keys = problem()
     ema = plan.ema_decay is not None
     tx = modgrok.make_optimizer(plan.optimizer)
@@ -77,16 +80,16 @@ def assert_like_alone(plan, state, records, cells):
             inputs[g].train_M2,
             cfg=plan.cfg,
             tx=tx,
-            num_steps=STEPS,
+            num_steps=steps,
             batch=BATCH,
             shots=SHOTS,
             modulus=P,
             ema_decay=plan.ema_decay,
         )
         own = jax.tree.map(lambda x, g=g: x[g], state)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=0), own, alone)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=atol, rtol=0), own, alone)
         loss = np.mean([record.loss_G[g] for record in records])
-        np.testing.assert_allclose(loss, metrics.loss.mean(), rtol=1e-6)
+        np.testing.assert_allclose(loss, metrics.loss.mean(), rtol=atol)
     # The test of the last one.
     scores = modgrok.evaluate(
         alone.ema if ema else alone.params,
@@ -103,8 +106,8 @@ def assert_like_alone(plan, state, records, cells):
         for at in (evaluation.DECIDING, evaluation.REPORTED)
     )
     seen = [x.last_shot for x in scores[:2]]
-    np.testing.assert_allclose(records[-1].accuracy_G4[g], seen + reported, atol=1e-6)
-    np.testing.assert_allclose(records[-1].deciding_G2[g], deciding, atol=1e-6)
+    np.testing.assert_allclose(records[-1].accuracy_G4[g], seen + reported, atol=atol)
+    np.testing.assert_allclose(records[-1].deciding_G2[g], deciding, atol=atol)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,13 @@ def test_a_run_is_what_it_is_alone(one_by_one):
     Later AdamW's division by the root of tiny second moments makes more of a last bit.
     """
     assert_like_alone(make_plan(ema_decay=0.9), *one_by_one, cells=(0, 1))
+
+
+@pytest.mark.slow
+def test_after_many_steps_it_is_near_what_it_is_alone():
+    """Parameters were 1e-7 apart, and accuracies equal; a flipped answer is .02 to .06 of one."""
+    plan = make_plan()
+    assert_like_alone(plan, *train(plan, steps=60, together=4), cells=(0, 1), steps=60, atol=0.03)
 
 
 @pytest.mark.slow
@@ -171,15 +181,59 @@ def test_counts_are_data_and_give_the_batches_of_the_cut_sets():
         draw(key, tasks[0].train_W2, inputs[0].train_M2, num_tasks=2, paired=False)
 
 
-@pytest.mark.parametrize("together", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_memory_is_about_what_xla_takes(together):
-    plan = make_plan(rows=24, batch=240)
+def memory_over_xlas(plan, together):
+    """Of four runs: the estimate over what XLA counts, the state being donated."""
     keys_G, runs = stacked()
-    state = phase.init(keys_G, plan=plan)
-    lowered = phase.advance.lower(state, runs, plan=plan, num_steps=2, together=together)
+    state = jax.eval_shape(functools.partial(phase.init, plan=plan), keys_G)
+    static = ("plan", "num_steps", "together")
+    advance = jax.jit(phase.advance.__wrapped__, static_argnames=static, donate_argnums=0)
+    lowered = advance.lower(state, runs, plan=plan, num_steps=2, together=together)
     found = lowered.compile().memory_analysis()
-    estimate = phase.memory_bytes(plan, runs=4, together=together, padded_tasks=32)
-    assert 0.5 < estimate / (found.temp_size_in_bytes + found.argument_size_in_bytes) < 2.5
+    count = found.temp_size_in_bytes + found.argument_size_in_bytes
+    count += found.output_size_in_bytes - found.alias_size_in_bytes
+    sizes = runs.tasks.train_W2.shape[1], runs.tasks.unseen_U2.shape[1]
+    return phase.memory_bytes(plan, runs=4, together=together, num_tasks=sizes) / count
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("together", "batch", "changes"),
+    [
+        (1, 24, {"width": 96}),  # states, in turns: three of them for each run in work
+        pytest.param(2, 24, {"width": 96}, marks=slow),
+        pytest.param(4, 24, {"width": 96}, marks=slow),
+        pytest.param(1, 960, {"width": 32}, marks=slow),  # what the backward pass reads
+        pytest.param(1, 480, {"width": 32, "layers": 3, "dtype": "bfloat16"}, marks=slow),
+        pytest.param(1, 480, {"width": 32, "layers": 3, "remat": True}, marks=slow),
+        pytest.param(1, 480, {"width": 32, "layers": 8, "remat": True}, marks=slow),
+    ],
+)
+def test_memory_is_about_what_xla_takes(together, batch, changes):
+    plan = make_plan(cfg=dataclasses.replace(CFG, **changes), batch=batch)
+    assert 0.8 < memory_over_xlas(plan, together) < 1.5
+
+
+@slow
+def test_memory_of_a_test_counts_the_rows_that_there_are():
+    for each in (2, 400):
+        plan = make_plan(sequences_per_task=(each, each), rows=4096)
+        assert 0.8 < memory_over_xlas(plan, 1) < 3, each
+
+
+def test_memory_by_platform():
+    """Elsewhere bfloat16 and remat save what they promise; on a CPU remat does in deep models."""
+
+    def need(platform, **changes):
+        plan = make_plan(cfg=dataclasses.replace(CFG, **changes), batch=4800)
+        return phase.memory_bytes(plan, runs=1, together=1, num_tasks=(4, 4), platform=platform)
+
+    assert need("cpu", dtype="bfloat16") == need("cpu")
+    assert need("gpu", dtype="bfloat16") < 0.7 * need("gpu")
+    assert need("cpu", layers=6, remat=True) == need("cpu", layers=6)
+    assert need("cpu", layers=8, remat=True) < 0.5 * need("cpu", layers=8)
+    assert need("gpu", layers=6, remat=True) < 0.3 * need("gpu", layers=6)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,14 @@ def test_maps_average_seeds_and_leave_gaps():
     np.testing.assert_array_equal(maps_4AN[3], [[0.5, np.nan], [np.nan, 0]])
 
 
+def test_maps_leave_diverged_runs_out():
+    nan = np.nan
+    _, _, maps_4AN = phase_figures.grid_maps(
+        [4, 4, 8], [0.4] * 3, [[0.2, 0, 0, 0], [nan] * 4, [nan] * 4]
+    )
+    np.testing.assert_array_equal(maps_4AN[0], [[0.2, nan]])
+
+
 @pytest.mark.parametrize("decays", [(0.3,), (0.3, 1.0)])
 def test_figures_of_each_depth_and_decay(decays):
     grid = [(d, n, a, w) for d in (2, 3) for w in decays for a in (0.4, 0.8) for n in (4, 8, 12)]
