@@ -117,8 +117,8 @@ def _behaviour_page(all_scores: Mapping[str, dict[str, Any]], about: About) -> l
         row += [_i(corruption[x]) for x in ("change_on_the_line", "change_elsewhere")]
     return [
         "## Which queries it answers",
-        "Every query (x, y) after k examples, unseen tasks on train inputs; means over contexts, "
-        "for the three accuracies with 95 % intervals. "
+        "Every query (x, y) after k examples, unseen tasks with a != b on train inputs; means over "
+        "contexts, for the three accuracies with 95 % intervals. "
         "Ratio Matching knows queries on the line of an example through the origin, modular "
         "regression those in the span of the examples. Accuracy by who knows, with the number of "
         f"such queries of {about.modulus**2}; then precision and recall of the right answers "

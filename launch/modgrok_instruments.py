@@ -185,6 +185,12 @@ def match_of(shots: int) -> int:
     return (shots - 1) // 2
 
 
+def _lopsided(task_U2: np.ndarray) -> np.ndarray:
+    """The tasks with a != b, if there are some: of others (y, x) tells the answer for (x, y)."""
+    lopsided_U = task_U2[:, 0] != task_U2[:, 1]
+    return task_U2[lopsided_U] if lopsided_U.any() else task_U2
+
+
 def _behaviour(what: interpret.Subject, look: Look, tokens_R4BT: jax.Array) -> Arrays:
     problem, size = look.problem, look.size
     modulus, last = problem.modulus, problem.shots - 1
@@ -195,8 +201,8 @@ def _behaviour(what: interpret.Subject, look: Look, tokens_R4BT: jax.Array) -> A
     followed = [follow(prompts) for prompts in _prompts(look)]
 
     key, which = jax.random.split(jax.random.fold_in(look.key, 2))
-    task_C2 = jnp.asarray(problem.tasks.unseen_U2)
-    task_C2 = task_C2[jax.random.randint(which, (size.contexts,), 0, len(task_C2))]
+    task_C2 = _lopsided(problem.tasks.unseen_U2)
+    task_C2 = jnp.asarray(task_C2)[jax.random.randint(which, (size.contexts,), 0, len(task_C2))]
     context_CT = sequences.sample_sequences(
         key,
         task_C2,

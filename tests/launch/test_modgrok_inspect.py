@@ -84,6 +84,12 @@ def gated(tmp_path_factory, cache):
     return call
 
 
+def test_tasks_of_the_grids_tell_x_from_y():
+    tasks = np.array([[1, 1], [1, 2], [3, 3], [2, 1]])
+    np.testing.assert_array_equal(instruments._lopsided(tasks), [[1, 2], [2, 1]])
+    np.testing.assert_array_equal(instruments._lopsided(tasks[::2]), tasks[::2])
+
+
 @pytest.mark.slow
 def test_a_run_becomes_a_page_with_controls(program, finished, tmp_path):
     before = contents(finished)
