@@ -77,8 +77,8 @@ class _Parser(absl_flags.ArgumentParser):
             raise TypeError(f"no flag for {hint}; known: bool, int, float, str, Literal, tuple")
 
     def bounds(self) -> str:
-        low = None if self.min is None else f"at least {self.min:g}"
-        high = None if self.max is None else f"at most {self.max:g}"
+        low = None if self.min is None else f"at least {_text(self.min)}"
+        high = None if self.max is None else f"at most {_text(self.max)}"
         return " and ".join(part for part in (low, high) if part)
 
     def wanted(self) -> str:

@@ -28,7 +28,6 @@ PRESETS: dict[str, dict[str, object]] = {
 _SPLIT_FILES = ("train.txt.npy", "test.txt.npy", "test.neg.txt.npy")
 _FRACTION = 0.15  # of an edge list that is held out unless told
 _LEAST_PICTURED = 3  # dimensions
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,12 @@ class LinkConfig(program.SpreadConfig):
         "32", "dimensions of an embedding, or auto: chosen on held-out train edges", group="Model"
     )
     window: int = field(10, "longest walk", unit="steps", min=1)
-    negative_weight: float = field(0.02, "weight of pairs that are no edges", min=0, max=_LARGEST)
+    negative_weight: float = field(
+        0.02,
+        "weight of pairs that are no edges",
+        min=0,
+        max=1e38,  # float32 holds little more
+    )
     tol: float | None = field(
         None, "residual to reach, relative to the largest value; none: 2.4e-5"
     )
