@@ -18,19 +18,16 @@ from isvd.algebra import (
     vstack,
     windowed_sum,
 )
+from isvd.checks import adjoint_defect, linearity_defect, nonfinite, verify
 from isvd.factorize import SVD, svd
 from isvd.operators import (
     LinearOperator,
-    adjoint_defect,
     dense,
     diagonal,
     from_matmat,
     identity,
-    linearity_defect,
     low_rank,
-    nonfinite,
     ones,
-    verify,
 )
 from isvd.orthonormal import orthonormalize
 from isvd.sharded import row_sharded

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse
 
-from isvd.readers import _MOST_NODES, _checked_edges, _existing, _is_number, _rows, adjacency
+from isvd.edge_text import is_number, rows_of
+from isvd.readers import _MOST_NODES, _checked_edges, _existing, adjacency
 
 _NUM_VALIDATION = 500
 
@@ -257,8 +258,8 @@ def _load_neighbours(path: Path) -> tuple[np.ndarray, int]:
 
 def _load_index(path: Path, first: int, num_nodes: int) -> np.ndarray:
     index = []
-    for line, columns in _rows(path, None):
-        if len(columns) != 1 or not _is_number(columns[0]):
+    for line, columns in rows_of(path, None):
+        if len(columns) != 1 or not is_number(columns[0]):
             raise ValueError(f"{path}, line {line}: {' '.join(columns)!r}, expected one id")
         if not first <= int(columns[0]) < num_nodes:
             raise ValueError(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from isvd import algebra, design, operators, spmm
+from isvd import algebra, checks, design, operators, spmm
 
 
 def graph(seed=0, size=9, density=0.3, directed=False):
@@ -61,7 +61,7 @@ def test_link_operator(symmetric, degree_factor, directed):
     wanted = link_twin(a_NN, [3 / 6, 2 / 6, 1 / 6], 0.3, symmetric, degree_factor)
     assert_close(op @ jnp.eye(9), wanted)
     assert_close(op.H @ jnp.eye(9), wanted.T)
-    assert operators.adjoint_defect(op, jax.random.key(0)) < 1e-5
+    assert checks.adjoint_defect(op, jax.random.key(0)) < 1e-5
 
 
 def test_a_factor_on_either_side_makes_it_asymmetric():
@@ -146,14 +146,14 @@ def test_propagated(num_hops, dtype):
         for product in (lambda op, x: op @ x, jax.jit(lambda op, x: op @ x)):
             assert_close(product(op, jnp.eye(wanted.shape[1], dtype=dtype)), wanted, tolerance)
             assert_close(product(op.H, jnp.eye(9, dtype=dtype)), wanted.T, tolerance)
-        assert operators.adjoint_defect(op, jax.random.key(1)) < tolerance
+        assert checks.adjoint_defect(op, jax.random.key(1)) < tolerance
 
 
 def test_rows_of_propagated():
     op, wanted = propagated_pair(2)
     rows = algebra.take_rows(op, [7, 0, 7])
     assert_close(rows.to_dense(), wanted[[7, 0, 7]])
-    assert operators.adjoint_defect(rows, jax.random.key(2)) < 1e-5
+    assert checks.adjoint_defect(rows, jax.random.key(2)) < 1e-5
 
 
 def test_propagated_makes_one_loop_of_products_whatever_the_depth():

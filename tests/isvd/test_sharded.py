@@ -7,7 +7,7 @@ import scipy.sparse
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, Mesh
 
-from isvd import algebra, operators, sharded, spmm
+from isvd import algebra, checks, sharded, spmm
 from isvd.factorize import svd
 
 KEY = jax.random.key(0)
@@ -39,7 +39,7 @@ def test_products(mesh, form, rows):
     x_NC, y_MC = (rng.normal(size=(size, 9)).astype("float32") for size in (150, rows))
     np.testing.assert_allclose(jax.jit(op.matmat)(x_NC), dense_MN @ x_NC, atol=1e-4)
     np.testing.assert_allclose(jax.jit(op.rmatmat)(y_MC), dense_MN.conj().T @ y_MC, atol=1e-4)
-    assert operators.adjoint_defect(op, KEY) < 1e-5
+    assert checks.adjoint_defect(op, KEY) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["sparse", "dense"])
@@ -84,7 +84,7 @@ def test_explicit_axes_are_taken_as_automatic():
     np.testing.assert_allclose(
         algebra.centered(op).to_dense(), a_MN.toarray() - a_MN.mean(0), atol=1e-5
     )
-    operators.verify(op, KEY)
+    checks.verify(op, KEY)
     s_K = svd(op, KEY, rank=2, block=2, width=12).s_K
     np.testing.assert_allclose(s_K, np.linalg.svd(a_MN.toarray())[1][:2], rtol=1e-5)
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse
 from jax.experimental import sparse as jax_sparse
 
-from isvd import operators, spmm
+from isvd import checks, spmm
 
 
 def random_matrix(shape=(40, 30), seed=0):
@@ -105,7 +105,7 @@ def test_verify_finds_what_is_not_finite(layout):
     matrix.data[0] = np.inf
     row = np.flatnonzero(matrix.indptr)[0] - 1
     with pytest.raises(ValueError, match=f"in rows {row} and columns {matrix.indices[0]}"):
-        operators.verify(spmm.sparse(matrix, layout=layout), jax.random.key(0))
+        checks.verify(spmm.sparse(matrix, layout=layout), jax.random.key(0))
 
 
 WRONG = {
