@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from isvd.axes import on_automatic_axes
 from isvd.factorize import SVD, check_integer, svd
 from isvd.operators import LinearOperator
 from isvd.orthonormal import orthonormalize
@@ -14,6 +15,7 @@ from isvd.solve import approximation, frobenius_norm
 from isvd.triplets import positive, thin_svd
 
 
+@on_automatic_axes
 def svd_to_error(
     op: LinearOperator,
     key: jax.Array,

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from isvd.axes import on_automatic_axes
 from isvd.operators import LinearOperator
 
 
+@on_automatic_axes
 def adjoint_defect(a: LinearOperator, key: jax.Array, *, columns: int = 4) -> jax.Array:
     """max |<y, A x> - <A^H y, x>| / (|y| |A x|) over random columns; rounding, if all is right."""
     x_NC, y_MC = _random_blocks(a, key, columns)
@@ -20,6 +22,7 @@ def adjoint_defect(a: LinearOperator, key: jax.Array, *, columns: int = 4) -> ja
     return (jnp.abs(left - right) / jnp.where(size > 0, size, 1)).max()
 
 
+@on_automatic_axes
 def linearity_defect(a: LinearOperator, key: jax.Array, *, columns: int = 4) -> jax.Array:
     """|A(c x + z) - c A x - A z| / |A x| of random blocks: rounding, if A is linear.
 
@@ -39,6 +42,7 @@ def _coefficient(a: LinearOperator) -> complex:
     return 2 + 1j if a.dtype.kind == "c" else 2
 
 
+@on_automatic_axes
 def nonfinite(a: LinearOperator, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Masks of the rows (M,) and the columns (N,) that hold NaN or infinity, by two products."""
     x_NC, y_MC = _random_blocks(a, key, 1)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from isvd.axes import on_automatic_axes
 from isvd.derivative import pull_back, svd_tangent
 from isvd.krylov import PATIENCE, krylov_svd
 from isvd.operators import LinearOperator, _Static
@@ -31,6 +32,7 @@ _MOST_PRODUCTS = 2**31 - 1  # they are counted in int32
 BLOCK = 8  # columns: a cache line of float64, and where the sparse product starts to pay
 
 
+@on_automatic_axes
 def svd(
     op: LinearOperator,
     key: jax.Array,

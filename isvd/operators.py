@@ -250,11 +250,7 @@ def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def dense(a_MN: Any) -> LinearOperator:
-    """The operator of a matrix in memory. Products are in full precision on every device.
-
-    A matrix that is spread over devices is best along automatic axes of a mesh: `svd` fails where
-    axes are explicit, as those of `jax.make_mesh` are by default.
-    """
+    """The operator of a matrix in memory. Products are in full precision on every device."""
     check_not_sparse("a_MN", a_MN)
     a_MN = jnp.asarray(a_MN)
     if a_MN.ndim != 2:

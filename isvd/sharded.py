@@ -7,6 +7,7 @@ them on every device. A product A^H y needs one all-reduce of an (N, C) block.
 Axes: M rows, N columns, D devices, R rows of a device, E entries of a device, C columns of a block.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import scipy.sparse
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
+from isvd.axes import explicit_mesh
 from isvd.operators import (
     LinearOperator,
     Product,
@@ -31,8 +33,8 @@ def row_sharded(matrix: Any, mesh: Mesh, axis: str, dtype: Any = None) -> Linear
     """The operator of a matrix with its rows spread along one axis of a mesh.
 
     Use it under jit like any other, `svd` included; inside `shard_map` it does not work, as it has
-    one of its own, nor under `jax.set_mesh` of explicit axes. Left vectors are then spread too, if
-    the devices divide M; right ones are on every device.
+    one of its own. Left vectors are then spread too, if the devices divide M and the axes of the
+    context are automatic; right ones are on every device.
 
     Args:
         matrix: a scipy sparse matrix or an array, on the host. If the number of devices does not
@@ -80,12 +82,17 @@ def row_sharded(matrix: Any, mesh: Mesh, axis: str, dtype: Any = None) -> Linear
 
 
 def _matmat(place: _Static, product: Product, parts: tuple, x_NC: jax.Array) -> jax.Array:
-    mesh, axis, num_rows, _ = place.value
+    mesh, axis, num_rows, padded = place.value
     spread, everywhere = PartitionSpec(axis), PartitionSpec()
-    y_MC = jax.shard_map(
-        product, mesh=mesh, in_specs=(spread, everywhere), out_specs=spread, check_vma=False
-    )(parts, x_NC)
-    return y_MC[:num_rows]
+
+    def rows_that_are_there(parts: tuple, x_NC: jax.Array) -> jax.Array:
+        y_MC = jax.shard_map(
+            product, mesh=mesh, in_specs=(spread, everywhere), out_specs=spread, check_vma=False
+        )(parts, x_NC)
+        return y_MC[:num_rows]
+
+    result = spread if num_rows == padded else everywhere
+    return _automatic(rows_that_are_there, result)(parts, x_NC)
 
 
 def _rmatmat(place: _Static, product: Product, parts: tuple, y_MC: jax.Array) -> jax.Array:
@@ -95,10 +102,18 @@ def _rmatmat(place: _Static, product: Product, parts: tuple, y_MC: jax.Array) ->
     def total(parts: tuple, y_RC: jax.Array) -> jax.Array:
         return jax.lax.psum(product(parts, y_RC), axis)
 
-    y_MC = jnp.pad(y_MC, ((0, padded - num_rows), (0, 0)))
-    return jax.shard_map(
-        total, mesh=mesh, in_specs=(spread, spread), out_specs=everywhere, check_vma=False
-    )(parts, y_MC)
+    def of_all_rows(parts: tuple, y_MC: jax.Array) -> jax.Array:
+        y_MC = jnp.pad(y_MC, ((0, padded - num_rows), (0, 0)))
+        return jax.shard_map(
+            total, mesh=mesh, in_specs=(spread, spread), out_specs=everywhere, check_vma=False
+        )(parts, y_MC)
+
+    return _automatic(of_all_rows, everywhere)(parts, y_MC)
+
+
+def _automatic(fn: Callable, result: PartitionSpec) -> Callable:
+    """fn, also where axes of the context are explicit: those of the operator are automatic."""
+    return jax.sharding.auto_axes(fn, out_sharding=result) if explicit_mesh() else fn
 
 
 def _dense_part(parts: tuple[jax.Array], x_NC: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from isvd.axes import on_automatic_axes
 from isvd.derivative import inverse_of, outside_span, pull_back
 from isvd.factorize import SVD, check_dtype, check_integer, hoisted, svd
 from isvd.operators import LinearOperator, check_square, low_rank
@@ -26,6 +27,7 @@ def approximation(factors: SVD) -> LinearOperator:
     return low_rank(factors.u_MK * factors.s_K, factors.v_NK)
 
 
+@on_automatic_axes
 def low_rank_product(op: LinearOperator, factors: SVD, x_NC: jax.Array) -> jax.Array:
     """u diag(s) v^H x, where `factors` is `svd(op, ...)`, with gradients to `op` and x.
 
@@ -84,6 +86,7 @@ def _product_backward(saved, cotangent_MC):
 _low_rank_product.defvjp(_product_forward, _product_backward)
 
 
+@on_automatic_axes
 def pinv_solve(
     factors: SVD,
     y_MC: jax.Array,
@@ -194,6 +197,7 @@ class Eigen(NamedTuple):
     converged: jax.Array
 
 
+@on_automatic_axes
 def eigh(op: LinearOperator, key: jax.Array, *, rank: int, **options: object) -> Eigen:
     """The eigenpairs of largest modulus of a symmetric (Hermitian) operator.
 
@@ -280,6 +284,7 @@ def spectral_norm(op: LinearOperator, key: jax.Array, **options: object) -> jax.
     return svd(op, key, rank=1, **options).s_K[0]
 
 
+@on_automatic_axes
 @functools.partial(jax.jit, static_argnames="samples")
 def frobenius_norm(
     op: LinearOperator, key: jax.Array, *, samples: int = 32
@@ -297,6 +302,7 @@ def frobenius_norm(
     return square_S.mean() * scale * scale, error * scale * scale
 
 
+@on_automatic_axes
 @functools.partial(jax.jit, static_argnames="samples")
 def trace(op: LinearOperator, key: jax.Array, *, samples: int = 48) -> tuple[jax.Array, jax.Array]:
     """An estimate of tr(A) from `samples` products, and its standard error.

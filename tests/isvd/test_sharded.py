@@ -7,7 +7,7 @@ import scipy.sparse
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, Mesh
 
-from isvd import algebra, checks, sharded, spmm
+from isvd import checks, sharded, spmm
 from isvd.factorize import svd
 
 KEY = jax.random.key(0)
@@ -74,19 +74,6 @@ def test_collectives_of_rows_that_the_devices_do_not_divide(mesh):
     x_NC = np.ones((150, 8), "float32")
     assert collectives(op.matmat, x_NC) == ["all-gather("]
     assert collectives(op.rmatmat, jax.jit(op.matmat)(x_NC)) == ["all-reduce("]
-
-
-def test_explicit_axes_are_taken_as_automatic():
-    mesh, a_MN = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Explicit,)), matrix(61, 40)
-    op = sharded.row_sharded(a_MN, mesh, "rows")
-    y_MC = np.random.default_rng(1).normal(size=(61, 3)).astype("float32")
-    np.testing.assert_allclose(op.T @ y_MC, a_MN.T @ y_MC, atol=1e-4)
-    np.testing.assert_allclose(
-        algebra.centered(op).to_dense(), a_MN.toarray() - a_MN.mean(0), atol=1e-5
-    )
-    checks.verify(op, KEY)
-    s_K = svd(op, KEY, rank=2, block=2, width=12).s_K
-    np.testing.assert_allclose(s_K, np.linalg.svd(a_MN.toarray())[1][:2], rtol=1e-5)
 
 
 def test_wrong_requests(mesh):
