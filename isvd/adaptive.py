@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from isvd.arguments import check_integer
 from isvd.axes import on_automatic_axes
-from isvd.factorize import SVD, check_integer, svd
+from isvd.factorize import SVD, svd
 from isvd.operators import LinearOperator
 from isvd.orthonormal import orthonormalize
 from isvd.solve import approximation, frobenius_norm

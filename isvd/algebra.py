@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from isvd.arguments import check_square
 from isvd.operators import (
     LinearOperator,
     Product,
     _Static,
     add,
-    check_square,
     compose,
     diagonal,
     low_rank,

@@ -17,7 +17,8 @@ import scipy.sparse
 from jax.tree_util import Partial
 
 from isvd.algebra import windowed_sum
-from isvd.operators import LinearOperator, Product, _Static, check_square, diagonal, dtype_of, ones
+from isvd.arguments import check_square
+from isvd.operators import LinearOperator, Product, _Static, diagonal, dtype_of, ones
 from isvd.spmm import sparse
 
 

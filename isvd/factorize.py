@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from isvd.arguments import check_dtype, check_integer
 from isvd.axes import on_automatic_axes
 from isvd.derivative import pull_back, svd_tangent
 from isvd.krylov import PATIENCE, krylov_svd
@@ -27,7 +28,6 @@ from isvd.orthonormal import orthonormalize
 from isvd.subspace import subspace_svd
 from isvd.triplets import SVD, Plan, matmul, signed, thin_svd
 
-_DTYPES = ("float32", "float64", "complex64", "complex128")  # those that LAPACK factors
 _MOST_PRODUCTS = 2**31 - 1  # they are counted in int32
 BLOCK = 8  # columns: a cache line of float64, and where the sparse product starts to pay
 
@@ -216,19 +216,6 @@ def _checked_plan(
         eps ** (2 / 3) if tol is None else float(tol),
         max_products or 100 * width,
     )
-
-
-def check_dtype(op: LinearOperator) -> None:
-    if op.dtype.name not in _DTYPES:
-        raise ValueError(f"op has dtype {op.dtype}, expected one of {', '.join(_DTYPES)}")
-
-
-def check_integer(name: str, value: Any, low: int, high: int | None = None, why: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ValueError(f"{name}={value!r}, expected a whole number")
-    if value < low or (high is not None and value > high):
-        span = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name}={value}, expected {span}{f', {why}' if why else ''}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

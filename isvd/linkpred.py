@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import scipy.sparse
 
+from isvd.arguments import check_integer
 from isvd.design import link_operator
-from isvd.factorize import SVD, check_integer, svd
+from isvd.factorize import SVD, svd
 from isvd.readers import adjacency
 
 RANKS = (4, 8, 16, 32, 64, 128, 256)

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from isvd.arguments import check_not_sparse, check_square
+
 Product = Callable[[jax.Array], jax.Array]
 Scalar = complex | float | int | np.generic | jax.Array
 
@@ -426,16 +428,3 @@ def varying_as(product: Product, given: jax.Array, x: jax.Array) -> jax.Array:
     if not jax.sharding.get_abstract_mesh().manual_axes:  # spare a trace of the product
         return x
     return x + jnp.zeros_like(jax.eval_shape(product, given), dtype=x.dtype)
-
-
-def check_square(what: str, a: LinearOperator) -> None:
-    if a.shape[0] != a.shape[1]:
-        raise ValueError(f"{what}: A has shape {a.shape}, expected a square one")
-
-
-def check_not_sparse(
-    name: str, x: Any, wanted: str = "an array (`sparse` makes an operator of a sparse matrix)"
-) -> None:
-    """JAX makes no array of a sparse matrix, and says so in words about sequences."""
-    if hasattr(x, "todense"):
-        raise ValueError(f"{name} is a {type(x).__name__}, expected {wanted}")

@@ -17,6 +17,7 @@ import scipy.sparse
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
+from isvd.arguments import check_not_sparse
 from isvd.axes import explicit_mesh
 from isvd.operators import (
     LinearOperator,
@@ -24,7 +25,6 @@ from isvd.operators import (
     _dense,
     _dense_adjoint,
     _Static,
-    check_not_sparse,
 )
 from isvd.spmm import _compressed_rows, _entry_dtype
 

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from isvd.arguments import check_dtype, check_integer, check_square
 from isvd.axes import on_automatic_axes
 from isvd.derivative import inverse_of, outside_span, pull_back
-from isvd.factorize import SVD, check_dtype, check_integer, hoisted, svd
-from isvd.operators import LinearOperator, check_square, low_rank
+from isvd.factorize import SVD, hoisted, svd
+from isvd.operators import LinearOperator, low_rank
 from isvd.orthonormal import orthonormalize
 from isvd.triplets import matmul, positive
 

@@ -1,0 +1,33 @@
+"""What arguments have to be: each refusal names the argument, its value, and what is allowed."""
+
+from typing import Any
+
+import numpy as np
+
+_DTYPES = ("float32", "float64", "complex64", "complex128")  # those that LAPACK factors
+
+
+def check_integer(name: str, value: Any, low: int, high: int | None = None, why: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name}={value!r}, expected a whole number")
+    if value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name}={value}, expected {span}{f', {why}' if why else ''}")
+
+
+def check_dtype(op: Any) -> None:
+    if op.dtype.name not in _DTYPES:
+        raise ValueError(f"op has dtype {op.dtype}, expected one of {', '.join(_DTYPES)}")
+
+
+def check_square(what: str, a: Any) -> None:
+    if a.shape[0] != a.shape[1]:
+        raise ValueError(f"{what}: A has shape {a.shape}, expected a square one")
+
+
+def check_not_sparse(
+    name: str, x: Any, wanted: str = "an array (`sparse` makes an operator of a sparse matrix)"
+) -> None:
+    """JAX makes no array of a sparse matrix, and says so in words about sequences."""
+    if hasattr(x, "todense"):
+        raise ValueError(f"{name} is a {type(x).__name__}, expected {wanted}")
