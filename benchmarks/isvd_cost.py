@@ -16,28 +16,22 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import scipy.sparse
 
+import isvd
 from benchmarks import timing
-from benchmarks.isvd import RANK, random_graph, walk_problem
-from benchmarks.modgrok_throughput import _peak_mib
+from benchmarks.isvd_matrices import random_graph, read_graph, walk_problem
 
 
 def graphs(data: str) -> dict[str, Any]:
-    from isvd.readers import adjacency, read_asymproj
-
-    splits = {name: read_asymproj(f"{data}/{name}") for name in ("ppi", "ca-HepTh")}
-    found = {name: adjacency(split.train_E2, split.num_nodes) for name, split in splits.items()}
+    found = {name: read_graph(f"{data}/{name}") for name in ("ppi", "ca-HepTh")}
     return {**found, "random 1e5, 1e6": random_graph(100_000, 1_000_000)}
 
 
 def products(matrices: dict[str, Any], dtype: Any, repetitions: int) -> list[dict[str, Any]]:
     """One sparse product, as a share of a program (for scipy: a loop) of twenty."""
-    import jax
-
-    import isvd
-
     times = 20
 
     @jax.jit
@@ -100,17 +94,13 @@ def scaling(edges: Sequence[int]) -> list[dict[str, Any]]:
 
 def scale_one(count: int) -> dict[str, Any]:
     """One walk-sum factorisation of rank 32 on a random graph with so many stored edges."""
-    import jax
-
-    import isvd
-
     nodes = max(count // 10, 1000)
     problem = walk_problem(random_graph(nodes, count), np.float32)
     seconds = []
     for seed in range(3):
         start = time.perf_counter()
         factors = isvd.svd(
-            problem.operator, jax.random.key(seed), rank=RANK, tol=1e-2, max_products=512
+            problem.operator, jax.random.key(seed), rank=32, tol=1e-2, max_products=512
         )
         jax.block_until_ready(factors)
         seconds.append(time.perf_counter() - start)
@@ -121,7 +111,7 @@ def scale_one(count: int) -> dict[str, Any]:
         "products": products,
         "seconds": min(seconds[1:]),
         "nanoseconds_per_edge_and_product": 1e9 * min(seconds[1:]) / count / products,
-        "peak_mib": _peak_mib(),
+        "peak_mib": timing.peak_mib(),
     }
 
 
@@ -173,8 +163,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine, product_rows, scale = timing.machine("jax", "jaxlib", "numpy", "scipy"), [], []
     print(machine)
     if "products" in args.parts:
-        import jax
-
         dtype = np.float64 if args.float64 else np.float32
         with jax.enable_x64(args.float64):
             product_rows = products(graphs(args.data), dtype, args.repetitions)

@@ -3,9 +3,7 @@
     python -m benchmarks.robust_depth --json=robust_depth.json
 
 sweep: the sub-gradient method on trials of M = 60 rows and D = 100 coordinates at depths 1 to 5.
-The peers are what a competent user writes: memory allocated once, X and its transpose both
-contiguous, every operation into memory that is there, products of all layers but one from those
-before and those behind.
+The peers are what a competent user writes (`robust_depth_peers`).
 
 - ours: `sweep.run_trials`, which also draws the problems and records every 100 steps. One XLA CPU
   device runs products as small as these on one core, so the program takes a mesh of two simulated
@@ -41,27 +39,21 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing
-from robust_depth import models, sweep
-from robust_depth.box import box_minimum_lp
-from robust_depth.flatness import flatness, reachable_box
+from benchmarks import robust_depth_flatness, timing
+from benchmarks.robust_depth_peers import STEP_SIZE, THREADS, Peer, Workload, known_peers
+from robust_depth import sweep
 
 PARTS = ("sweep", "flatness", "linear")
-DEVICES = 2
+DEVICES = THREADS
 DEPTHS = (1, 2, 3, 4, 5)
-STEP_SIZE = 0.01
 CHECK_STEPS, CHECK_SCALE, CHECK_ERROR = 50, 0.8, 1e-3
 OURS = "ours, 2 devices"
-SIZES = ((48, 60), (120, 200))  # of flatness: rows, dim
-RADII = (0.03, 0.3)
-DROP_ERROR = 1e-4
-FLATNESS_DEPTH = 3
 
 SWEEP_COLUMNS = {
     "solver": "solver",
@@ -73,21 +65,6 @@ SWEEP_COLUMNS = {
     "over_ours": "this / ours",
     "floor_percent": "flop floor %",
     "loss_error": f"loss error at {CHECK_STEPS}",
-}
-FLATNESS_COLUMNS = {
-    "rows": "rows",
-    "dim": "dim",
-    "radius": "radius",
-    "solver": "solver",
-    "problems": "problems timed",
-    "milliseconds": "ms / problem",
-    "spread_percent": "spread %",
-    "highs_over_this": "HiGHS / this",
-    "steps": "most steps",
-    "gap": "gap / drop",
-    "drop_error": "difference / drop",
-    "minimum_error": "/ minimum",
-    "accurate": "accurate",
 }
 LINEAR_COLUMNS = {
     "trials": "trials",
@@ -104,9 +81,6 @@ def start_jax() -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES)
 
 
-# Sweep: ours and its peers, each the mean absolute residual after so many steps, (T, S) ----------
-
-
 def make_grid(steps: int, scale: float | None = None) -> sweep.Grid:
     return sweep.Grid(
         depths=DEPTHS, scales=(scale,), num_steps=steps, record_every=math.gcd(steps, 100)
@@ -118,17 +92,6 @@ def make_mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((DEVICES,), ("data",), (auto,), devices=jax.devices("cpu")[:DEVICES])
 
 
-class Workload(NamedTuple):
-    """What the peers are given: problems, and the start of each depth."""
-
-    x_TMD: np.ndarray
-    y_TM: np.ndarray
-    starts: tuple[np.ndarray, ...]  # w_ND of each depth, which grow
-
-    def part(self, trials: int) -> "Workload":
-        return self._replace(x_TMD=self.x_TMD[:trials], y_TM=self.y_TM[:trials])
-
-
 def make_workload(keys_T: jax.Array, grid: sweep.Grid) -> Workload:
     (fraction,) = grid.fractions
     problem = jax.vmap(lambda key: sweep.trial_problem(key, grid, fraction))(keys_T)
@@ -137,134 +100,9 @@ def make_workload(keys_T: jax.Array, grid: sweep.Grid) -> Workload:
 
 
 def ours(keys_T: jax.Array, grid: sweep.Grid, mesh: Any = None) -> jax.Array:
+    """The mean absolute residual after the steps, (T, S), as of each peer."""
     records = sweep.run_trials(keys_T, grid, step_size=STEP_SIZE, mesh=mesh)
     return records.loss_TSR[..., -1]
-
-
-def numpy_loop(work: Workload, steps: int) -> np.ndarray:
-    losses_TS = np.empty((len(work.x_TMD), len(work.starts)))
-    for t, (x_MD, y_M) in enumerate(zip(work.x_TMD, work.y_TM, strict=True)):
-        for s, start_ND in enumerate(work.starts):
-            theta_D = numpy_steps(x_MD, y_M, start_ND, steps)
-            losses_TS[t, s] = np.abs(x_MD @ theta_D - y_M).mean()
-    return losses_TS
-
-
-def batched(work: Workload, steps: int, *, descend: Callable, together: bool) -> np.ndarray:
-    """`descend` is one of the two below; `together` pads shallower networks with layers of 1."""
-    groups = [work.starts] if together else [(start_ND,) for start_ND in work.starts]
-    y_T1M, losses = work.y_TM[:, None], []
-    for starts in groups:
-        deepest = max(map(len, starts))
-        pads = [((0, deepest - len(w_ND)), (0, 0)) for w_ND in starts]
-        padded = [np.pad(w, pad, constant_values=1) for w, pad in zip(starts, pads, strict=True)]
-        w_NSD = np.stack(padded, axis=1)
-        w_NTSD = np.repeat(w_NSD[:, None], len(y_T1M), axis=1)
-        moving_NS = np.arange(deepest)[:, None] < [len(w_ND) for w_ND in starts]
-        moving_N1S1 = moving_NS[:, None, :, None].astype(w_NTSD.dtype) if together else None
-        theta_TSD = descend(work.x_TMD, y_T1M, w_NTSD, steps, moving_N1S1)
-        residual_TSM = theta_TSD @ work.x_TMD.swapaxes(1, 2) - y_T1M
-        losses.append(np.abs(residual_TSM).mean(2))
-    return np.concatenate(losses, axis=1)
-
-
-def numpy_steps(
-    x: np.ndarray, y: np.ndarray, w: np.ndarray, steps: int, moving: np.ndarray | None = None
-) -> np.ndarray:
-    """theta after the steps; of one trial, x (M, D) and w (N, D), or of all, as `batched` has it.
-
-    Args:
-        moving: 1 for layers that move and 0 for padding, to be broadcast against w.
-    """
-    x, turned = np.ascontiguousarray(x), np.ascontiguousarray(x.swapaxes(-1, -2))
-    w, rate = w.copy(), np.float32(STEP_SIZE / x.shape[-2])
-    ahead, behind = np.ones((len(w) + 1, *w.shape[1:]), w.dtype), np.ones_like(w)
-    slope, push = np.empty_like(w), np.empty_like(w[0])
-    r = np.empty((*w.shape[1:-1], x.shape[-2]), w.dtype)
-    for _ in range(steps):
-        for i in range(len(w)):
-            np.multiply(ahead[i], w[i], out=ahead[i + 1])
-        for i in range(len(w) - 1, 0, -1):
-            np.multiply(behind[i], w[i], out=behind[i - 1])
-        np.matmul(ahead[-1], turned, out=r)
-        np.subtract(r, y, out=r)
-        np.sign(r, out=r)
-        np.matmul(r, x, out=push)
-        np.multiply(push, rate, out=push)
-        np.multiply(ahead[:-1], behind, out=slope)
-        np.multiply(slope, push, out=slope)
-        if moving is not None:
-            np.multiply(slope, moving, out=slope)
-        np.subtract(w, slope, out=w)
-    return w.prod(0)
-
-
-def torch_steps(
-    x_TMD: np.ndarray,
-    y_T1M: np.ndarray,
-    w_NTSD: np.ndarray,
-    steps: int,
-    moving: np.ndarray | None,
-    *,
-    threads: int = DEVICES,
-) -> np.ndarray:
-    """`numpy_steps` of all trials, operation by operation."""
-    import torch
-
-    torch.set_num_threads(threads)
-    with torch.no_grad():
-        x, y, w = (torch.tensor(part) for part in (x_TMD, y_T1M, w_NTSD))
-        turned, rate = x.transpose(1, 2).contiguous(), STEP_SIZE / x.shape[1]
-        moving = None if moving is None else torch.tensor(moving)
-        ahead, behind = torch.ones((len(w) + 1, *w.shape[1:])), torch.ones_like(w)
-        slope, push = torch.empty_like(w), torch.empty_like(w[0])
-        r = torch.empty((*w.shape[1:-1], x.shape[1]))
-        for _ in range(steps):
-            for i in range(len(w)):
-                torch.mul(ahead[i], w[i], out=ahead[i + 1])
-            for i in range(len(w) - 1, 0, -1):
-                torch.mul(behind[i], w[i], out=behind[i - 1])
-            torch.bmm(ahead[-1], turned, out=r)
-            r.sub_(y).sign_()
-            torch.bmm(r, x, out=push)
-            push.mul_(rate)
-            torch.mul(ahead[:-1], behind, out=slope)
-            slope.mul_(push)
-            if moving is not None:
-                slope.mul_(moving)
-            w.sub_(slope)
-        return w.prod(0).numpy()
-
-
-class Peer(NamedTuple):
-    """A solver, and the shares of our trials and steps that it is timed on."""
-
-    run: Callable[[Workload, int], np.ndarray]
-    fewer_trials: int = 1
-    fewer_steps: int = 1
-
-
-def _batched(descend: Callable, together: bool, fewer_steps: int) -> Peer:
-    run = functools.partial(batched, descend=descend, together=together)
-    return Peer(run, fewer_steps=fewer_steps)
-
-
-PEERS = {
-    "numpy, trial by trial": Peer(numpy_loop, fewer_trials=20, fewer_steps=2),
-    "numpy, batched": _batched(numpy_steps, False, 5),
-    "numpy, depths together": _batched(numpy_steps, True, 5),
-    "torch, batched": _batched(torch_steps, False, 10),
-    "torch, depths together": _batched(torch_steps, True, 10),
-    "torch, batched, 1 thread": _batched(
-        functools.partial(torch_steps, threads=1), False, fewer_steps=10
-    ),
-}
-
-
-def known_peers() -> dict[str, Peer]:
-    """Those whose library is here."""
-    torch = importlib.util.find_spec("torch") is not None
-    return {name: peer for name, peer in PEERS.items() if torch or not name.startswith("torch")}
 
 
 def products(size: int, with_torch: bool) -> dict[str, Callable[[], Any]]:
@@ -375,79 +213,6 @@ def measure_linear(
     ]
 
 
-# Flatness ----------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def flat(w_BND: jax.Array, problem: Any, radius: float) -> Any:
-    return jax.vmap(lambda w_ND, one: flatness(w_ND, one, radius))(w_BND, problem)
-
-
-def measure_flatness(
-    rows: int, dim: int, radius: float, *, problems: int, timed: int, repetitions: int
-) -> list[dict[str, Any]]:
-    """Balanced true solutions of `problems` problems; HiGHS is timed on the first `timed`."""
-    with jax.enable_x64(True):
-        grid = sweep.Grid(num_rows=rows, dim=dim, dtype="float64")
-        keys_B = sweep.trial_keys(jax.random.key(0), 0, problems)
-        problem = jax.vmap(lambda key: sweep.trial_problem(key, grid, 0.1))(keys_B)
-        w_BND = jax.vmap(lambda theta: models.balanced_solution(theta, FLATNESS_DEPTH))(
-            problem.theta_D
-        )
-        low_BD, high_BD = map(np.asarray, jax.vmap(lambda w: reachable_box(w, radius))(w_BND))
-        hosted = jax.tree.map(np.asarray, problem)
-        data = {
-            "ours, float32": jax.tree.map(lambda x: x.astype("float32"), (w_BND, problem)),
-            "ours, float64": (w_BND, problem),
-        }
-
-    def single(name: str) -> Any:
-        with jax.enable_x64(name.endswith("64")):
-            return flat(*data[name], radius)
-
-    def highs(count: int) -> np.ndarray:
-        ones = [jax.tree.map(lambda x, b=b: x[b], hosted) for b in range(count)]
-        boxes = zip(ones, low_BD, high_BD, strict=False)  # as many as the shortest has
-        with jax.enable_x64(True):  # or its check of the box rounds
-            return np.array([box_minimum_lp(*one)[0] for one in boxes])
-
-    theta_BD = np.asarray(w_BND).prod(1)
-    loss_B = np.abs(np.einsum("bmd,bd->bm", hosted.x_MD, theta_BD) - hosted.y_M).mean(1)
-    minimum_B = highs(problems)
-    calls = {name: functools.partial(single, name) for name in data}
-    calls["HiGHS"] = functools.partial(highs, timed)
-    times = timing.interleave(calls, repetitions=repetitions)
-    counts = dict.fromkeys(data, problems) | {"HiGHS": timed}
-    found = []
-    for name, timer in times.items():
-        row = {
-            "rows": rows,
-            "dim": dim,
-            "radius": radius,
-            "solver": name,
-            "problems": counts[name],
-            "milliseconds": 1e3 * timer.median / counts[name],
-            "spread_percent": 100 * timer.spread,
-            "highs_over_this": times["HiGHS"].median / timed * counts[name] / timer.median,
-            "repetition_seconds": timer.repetitions,
-        }
-        if name in data:
-            flat_B = jax.tree.map(np.asarray, single(name))
-            # Drops, as the difference of two losses would cancel, and minima.
-            drop_B, best_B = flat_B.drop.astype("float64"), flat_B.minimum.astype("float64")
-            drop_error = float(np.abs(drop_B / (loss_B - minimum_B) - 1).max())
-            row |= {
-                "steps": int(flat_B.steps.max()),
-                "gap": float((flat_B.gap / flat_B.drop).max()),
-                "drop_error": drop_error,
-                "minimum_error": float(np.abs(best_B / minimum_B - 1).max()),
-                "accurate": "yes" if drop_error < DROP_ERROR else "NO",
-                "converged": bool(flat_B.converged.all()),
-            }
-        found.append(row)
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default all")
@@ -481,17 +246,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = ", ".join(f"{name} {1e-9 * rate:.0f}" for name, rate in rates.items())
         print(f"\nsweep; Gflop/s: {shown}\n{timing.table(rows, SWEEP_COLUMNS)}", flush=True)
     if "flatness" in args.parts:
-        record["flatness"] = []
-        for size in SIZES:
-            for radius in RADII:
-                record["flatness"] += measure_flatness(
-                    *size,
-                    radius,
-                    problems=args.problems,
-                    timed=args.timed,
-                    repetitions=args.repetitions,
-                )
-        print(f"\nflatness\n{timing.table(record['flatness'], FLATNESS_COLUMNS)}", flush=True)
+        rows = robust_depth_flatness.measure_all(
+            problems=args.problems, timed=args.timed, repetitions=args.repetitions
+        )
+        record["flatness"] = rows
+        print(f"\nflatness\n{timing.table(rows, robust_depth_flatness.COLUMNS)}", flush=True)
     if "linear" in args.parts:
         rows = measure_linear(args.linear_trials, args.linear_steps, args.repetitions)
         record["linear"] = rows

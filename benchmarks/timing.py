@@ -1,4 +1,4 @@
-"""The timer that every benchmark shares: interleaved repetitions, medians, a table and JSON.
+"""What every benchmark shares: interleaved repetitions, medians, memory, a table and JSON.
 
 Candidates take turns, so a machine that slows down for a minute slows all of them. Medians ignore
 the repetition that somebody else's job disturbed.
@@ -8,7 +8,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -87,6 +89,17 @@ def _cell(value: Any) -> str:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_mib() -> float:
+    """The largest memory that this process has had."""
+    # ru_maxrss of a child that was started by vfork begins at its parent's peak (Linux).
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def machine(*packages: str) -> dict[str, Any]:

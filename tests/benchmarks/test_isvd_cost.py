@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import isvd_cost
-from benchmarks.isvd import random_graph
+from benchmarks.isvd_matrices import random_graph
 
 
 def test_products():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import robust_depth as bench
-from benchmarks import timing
+from benchmarks import robust_depth_flatness, timing
+from benchmarks.robust_depth_peers import STEP_SIZE, Peer, known_peers, numpy_loop, numpy_steps
 from robust_depth import method, sweep
 
 
@@ -30,19 +31,19 @@ def work(keys_T):
 def test_numpy_makes_the_steps_of_the_method(work):
     problem = method.Problem(work.x_TMD[0], work.y_TM[0], np.ones(work.x_TMD.shape[2], "float32"))
     for start_ND in work.starts:
-        state, _ = method.run(start_ND, problem, step_size=bench.STEP_SIZE, num_steps=30)
-        theta_D = bench.numpy_steps(work.x_TMD[0], work.y_TM[0], start_ND, 30)
+        state, _ = method.run(start_ND, problem, step_size=STEP_SIZE, num_steps=30)
+        theta_D = numpy_steps(work.x_TMD[0], work.y_TM[0], start_ND, 30)
         np.testing.assert_allclose(theta_D, state.weights.prod(0), rtol=1e-4, atol=1e-7)
 
 
 def test_the_check_is_where_losses_move_at_every_depth(work):
     """A start that no step leaves would make all agree with anything."""
-    before_TS, after_TS = (bench.numpy_loop(work, steps) for steps in (0, bench.CHECK_STEPS))
+    before_TS, after_TS = (numpy_loop(work, steps) for steps in (0, bench.CHECK_STEPS))
     assert (np.abs(after_TS / before_TS - 1) > 20 * bench.CHECK_ERROR).all()
 
 
 def test_another_method_is_refused(keys_T):
-    other = bench.Peer(lambda work, steps: bench.numpy_loop(work, steps - 5))
+    other = Peer(lambda work, steps: numpy_loop(work, steps - 5))
     with pytest.raises(RuntimeError, match="shorter: a loss after 50 steps differs from ours by"):
         bench.loss_errors(keys_T, {"shorter": other})
 
@@ -53,7 +54,7 @@ def test_sweep_rows_are_of_equal_losses_and_scaled_to_a_step_and_run(monkeypatch
     # The steps of the check, hence its program.
     rows, rates = bench.measure_sweep(4, bench.CHECK_STEPS, repetitions=1, product_size=64)
     by_solver = {row["solver"]: row for row in rows}
-    assert list(by_solver) == [bench.OURS, "ours, 1 device", *bench.known_peers()]
+    assert list(by_solver) == [bench.OURS, "ours, 1 device", *known_peers()]
     loop = by_solver["numpy, trial by trial"]
     assert (loop["trials"], loop["steps"]) == (1, 25)
     assert loop["nanoseconds"] == pytest.approx(1e9 * loop["seconds"] / (1 * 25 * 2))
@@ -69,7 +70,7 @@ def test_sweep_rows_are_of_equal_losses_and_scaled_to_a_step_and_run(monkeypatch
 
 @pytest.mark.slow
 def test_flatness_rows_are_of_equal_minima():
-    rows = bench.measure_flatness(12, 16, 0.1, problems=3, timed=2, repetitions=1)
+    rows = robust_depth_flatness.measure(12, 16, 0.1, problems=3, timed=2, repetitions=1)
     assert [row["solver"] for row in rows] == ["ours, float32", "ours, float64", "HiGHS"]
     assert rows[1]["accurate"] == "yes"
     assert rows[1]["gap"] < 1e-4
@@ -78,7 +79,7 @@ def test_flatness_rows_are_of_equal_minima():
     for row in rows:
         over = rows[2]["milliseconds"] / row["milliseconds"]
         assert row["highs_over_this"] == pytest.approx(over)
-    assert_tabled(rows, bench.FLATNESS_COLUMNS)
+    assert_tabled(rows, robust_depth_flatness.COLUMNS)
 
 
 def assert_tabled(rows, columns):
