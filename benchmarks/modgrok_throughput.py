@@ -34,7 +34,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -281,17 +280,7 @@ def probe(implementation: str, size: Size) -> dict[str, float]:
         run(PROBE_STEPS)
         seconds.append(time.perf_counter() - start)
         at.append(time.time())
-    return {"at": at[0], "compile_seconds": seconds[0] - seconds[1], "peak_mib": _peak_mib()}
-
-
-def _peak_mib() -> float:
-    # ru_maxrss of a child that was started by vfork begins at its parent's peak (Linux).
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return {"at": at[0], "compile_seconds": seconds[0] - seconds[1], "peak_mib": timing.peak_mib()}
 
 
 def measure_start(name: str, implementation: str, size: Size) -> dict[str, Any]:

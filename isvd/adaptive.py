@@ -13,7 +13,7 @@ from isvd.factorize import SVD, svd
 from isvd.operators import LinearOperator
 from isvd.orthonormal import orthonormalize
 from isvd.solve import approximation, frobenius_norm
-from isvd.triplets import positive, thin_svd
+from isvd.triplets import over, positive, thin_svd
 
 
 @on_automatic_axes
@@ -68,7 +68,7 @@ def svd_to_error(
         new = svd(rest, stage_key, rank=rank, tol=tol)
         if factors is None:  # from here on of A / s[0], whose squares neither over- nor underflow
             scale = positive(new.s_K[0])
-            op, factors = op / scale, _scaled(new, 1 / scale)
+            op, factors = over(op, scale), _scaled(new, 1 / scale)
         else:
             factors = _joined(op, factors, new)
         rest = op - approximation(factors)
@@ -83,15 +83,8 @@ def svd_to_error(
             break
     reached = enough is not None and enough <= max_rank
     kept = max(enough, 1) if reached else min(len(s_K), max_rank)
-    factors = _scaled(factors, scale)
-    return SVD(
-        factors.u_MK[:, :kept],
-        factors.s_K[:kept],
-        factors.v_NK[:, :kept],
-        factors.residual_K[:kept],
-        factors.products,
-        factors.converged & reached,
-    )
+    factors = _scaled(factors.leading(kept), scale)
+    return factors._replace(converged=factors.converged & reached)
 
 
 def _scaled(factors: SVD, scale: jax.Array) -> SVD:

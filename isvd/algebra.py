@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from isvd.arguments import check_square
+from isvd.arguments import check_integer, check_square
 from isvd.operators import (
     LinearOperator,
     Product,
     _Static,
     add,
+    compiled,
     compose,
     diagonal,
     low_rank,
@@ -28,6 +29,9 @@ def polynomial(a: LinearOperator, coef_Q: Any) -> LinearOperator:
     """sum_q coef[q] A^q, q = 0, 1, ..., Q - 1, in one pass of Q - 1 products (Horner).
 
     One block is alive besides the input, whatever the degree, and the loop is compiled once.
+
+    Raises:
+        ValueError: if A is not square, or `coef_Q` is not a vector, or empty.
     """
     check_square("polynomial", a)
     coef_Q = jnp.asarray(coef_Q)
@@ -35,8 +39,8 @@ def polynomial(a: LinearOperator, coef_Q: Any) -> LinearOperator:
         raise ValueError(f"coef_Q has shape {coef_Q.shape}, expected one axis, not empty")
     dtype = jnp.result_type(a.dtype, coef_Q)
     return LinearOperator(
-        Partial(_horner, coef_Q, _Static(dtype), a.matmat),
-        Partial(_horner, coef_Q.conj(), _Static(dtype), a.rmatmat),
+        compiled(_horner, coef_Q, _Static(dtype), a.matmat),
+        compiled(_horner, coef_Q.conj(), _Static(dtype), a.rmatmat),
         a.shape,
         dtype,
     )
@@ -54,7 +58,11 @@ def _horner(coef_Q: jax.Array, dtype: _Static, product: Product, x_NC: jax.Array
 
 
 def windowed_sum(a: LinearOperator, weight_Q: Any) -> LinearOperator:
-    """sum_q weight[q - 1] A^q, q = 1, ..., Q: walks of up to Q steps, in Q products."""
+    """sum_q weight[q - 1] A^q, q = 1, ..., Q: walks of up to Q steps, in Q products.
+
+    Raises:
+        ValueError: if A is not square, or `weight_Q` is not a vector, or empty.
+    """
     weight_Q = jnp.asarray(weight_Q)
     if weight_Q.ndim != 1 or not weight_Q.size:
         raise ValueError(f"weight_Q has shape {weight_Q.shape}, expected one axis, not empty")
@@ -63,9 +71,12 @@ def windowed_sum(a: LinearOperator, weight_Q: Any) -> LinearOperator:
 
 
 def geometric_sum(a: LinearOperator, ratio: Any, num_terms: int) -> LinearOperator:
-    """sum_q ratio^q A^q, q = 0, ..., num_terms - 1."""
-    if not isinstance(num_terms, int | np.integer) or num_terms < 1:
-        raise ValueError(f"num_terms={num_terms!r} must be at least 1, and a whole number")
+    """sum_q ratio^q A^q, q = 0, ..., num_terms - 1.
+
+    Raises:
+        ValueError: if A is not square, or `num_terms` is no whole number from 1.
+    """
+    check_integer("num_terms", num_terms, 1)
     ratio = jnp.asarray(ratio, jnp.result_type(a.dtype, ratio))
     # Whole exponents, for the right slope at ratio 0; strict promotion refuses them beside floats.
     with jax.numpy_dtype_promotion("standard"):
@@ -74,7 +85,11 @@ def geometric_sum(a: LinearOperator, ratio: Any, num_terms: int) -> LinearOperat
 
 
 def hstack(operators: Sequence[LinearOperator]) -> LinearOperator:
-    """[A B ...], side by side."""
+    """[A B ...], side by side.
+
+    Raises:
+        ValueError: if there are none, they are no operators, or do not have as many rows each.
+    """
     operators = _checked_operators("hstack", operators)
     rows = {a.shape[0] for a in operators}
     if len(rows) != 1:
@@ -99,7 +114,11 @@ def _stacked(products: tuple[Product, ...], y_MC: jax.Array) -> jax.Array:
 
 
 def vstack(operators: Sequence[LinearOperator]) -> LinearOperator:
-    """Operators on top of each other."""
+    """Operators on top of each other.
+
+    Raises:
+        ValueError: if there are none, they are no operators, or do not have as many columns each.
+    """
     operators = _checked_operators("vstack", operators)
     columns = {a.shape[1] for a in operators}
     if len(columns) != 1:
@@ -159,7 +178,11 @@ def _scattered(index_I: jax.Array, rows: _Static, product: Product, y_IC: jax.Ar
 
 
 def take_columns(a: LinearOperator, index_I: Any) -> LinearOperator:
-    """A[:, index]; columns may be repeated."""
+    """A[:, index]; columns may be repeated.
+
+    Raises:
+        ValueError: if `index_I` is not a list of integers from 0 to N - 1, as of `take_rows`.
+    """
     return take_rows(a.H, index_I).H
 
 
@@ -174,9 +197,15 @@ def centered(
         mean_N: by default the mean of each column, by one product.
         scale_N: divisor of each column, such as its standard deviation. Where it is 0 the column is
             not divided, so that a constant one, centred, is a column of zeros.
+    Returns:
+        An operator of A's dtype, or of float32 where A has integers or booleans.
+    Raises:
+        ValueError: if `mean_N` or `scale_N` has another shape than (N,).
     """
     num_rows, num_columns = a.shape
-    one_M1 = jnp.ones((num_rows, 1), a.dtype)
+    # Sums of integers may be over what their type holds.
+    dtype = a.dtype if jnp.issubdtype(a.dtype, jnp.inexact) else jnp.float32
+    one_M1 = jnp.ones((num_rows, 1), dtype)
     if mean_N is None:
         mean_N = a.rmatmat(one_M1)[:, 0].conj() / num_rows
     for name, given in (("mean_N", mean_N), ("scale_N", scale_N)):

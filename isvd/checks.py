@@ -13,7 +13,11 @@ from isvd.operators import LinearOperator
 
 @on_automatic_axes
 def adjoint_defect(a: LinearOperator, key: jax.Array, *, columns: int = 4) -> jax.Array:
-    """max |<y, A x> - <A^H y, x>| / (|y| |A x|) over random columns; rounding, if all is right."""
+    """max |<y, A x> - <A^H y, x>| / (|y| |A x|) over random columns; rounding, if all is right.
+
+    Raises:
+        ValueError: if A is not of a floating type.
+    """
     x_NC, y_MC = _random_blocks(a, key, columns)
     ax_MC, ahy_NC = a.matmat(x_NC), a.rmatmat(y_MC)
     left = jnp.einsum("mc,mc->c", y_MC.conj(), ax_MC, precision="highest")
@@ -28,6 +32,9 @@ def linearity_defect(a: LinearOperator, key: jax.Array, *, columns: int = 4) -> 
 
     c is 2, or 2 + i where A is complex, so that parts and conjugates of x are seen. Coefficients do
     not add up to 0, so that what is added to a product does not cancel.
+
+    Raises:
+        ValueError: if A is not of a floating type.
     """
     c = _coefficient(a)
     x_NC, _ = _random_blocks(a, key, columns)
@@ -44,7 +51,11 @@ def _coefficient(a: LinearOperator) -> complex:
 
 @on_automatic_axes
 def nonfinite(a: LinearOperator, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Masks of the rows (M,) and the columns (N,) that hold NaN or infinity, by two products."""
+    """Masks of the rows (M,) and the columns (N,) that hold NaN or infinity, by two products.
+
+    Raises:
+        ValueError: if A is not of a floating type.
+    """
     x_NC, y_MC = _random_blocks(a, key, 1)
     rows_M, columns_N = a.matmat(x_NC)[:, 0], a.rmatmat(y_MC)[:, 0]
     return ~jnp.isfinite(rows_M), ~jnp.isfinite(columns_N)
@@ -55,7 +66,7 @@ def verify(a: LinearOperator, key: jax.Array) -> None:
 
     Raises:
         ValueError: if entries or products are not finite (and where), if A is not linear, or if
-            `rmatmat` is not the adjoint of `matmat`.
+            `rmatmat` is not the adjoint of `matmat`; and if A is not of a floating type.
     """
     keys = jax.random.split(key, 3)
     # First what needs no adjoint: none can be derived from a function that is not linear.

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from isvd.nodeclass import check_disjoint, checked_labels, checked_nodes
-from isvd.operators import LinearOperator
+from isvd.arguments import check_integer
+from isvd.node_labels import check_disjoint, checked_labels, checked_nodes
+from isvd.operators import LinearOperator, Product, _Static, compiled
 
 
 class Params(NamedTuple):
@@ -107,9 +107,16 @@ def apply(
         )
     if not jnp.issubdtype(x_NF.dtype, jnp.floating):
         raise ValueError(f"x_NF has dtype {x_NF.dtype}, expected a real floating type")
+    return compiled(_apply, _Static(float(dropout)), params, adjacency_hat.matmat, key)(x_NF)
+
+
+def _apply(
+    dropout: _Static, params: Params, step: Product, key: jax.Array | None, x_NF: jax.Array
+) -> jax.Array:
+    num_nodes = x_NF.shape[0]
     num_hops = params.step_pos_LFF.shape[0]
     keys_H = None if key is None else jax.random.split(key, num_hops + 1)
-    drop = functools.partial(_drop, dropout)
+    drop = functools.partial(_drop, dropout.value)
     relu, mm = jax.nn.relu, functools.partial(jnp.matmul, precision="highest")
 
     def output(h_NF: jax.Array, w: tuple, key: jax.Array | None) -> jax.Array:
@@ -123,7 +130,7 @@ def apply(
         logits_NC = logits_NC + output(h_NF, out, key)
         pos_NF = drop(h_NF + mm(h_NF, pos_FF), key, 2) + bias_F
         neg_NF = drop(mm(h_NF, neg_FF) - h_NF, key, 3)
-        h_NF = relu(adjacency_hat.matmat(pos_NF)) - relu(adjacency_hat.matmat(neg_NF))
+        h_NF = relu(step(pos_NF)) - relu(step(neg_NF))
         return (h_NF, logits_NC), None
 
     outs, steps = params[:3], params[3:]
@@ -180,8 +187,7 @@ def finetune(
         if largest >= classes:
             raise ValueError(f"{name} has a node with label {largest}, expected 0 to {classes - 1}")
     check_disjoint(train_T, validation_V)
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-        raise ValueError(f"steps={steps!r}, expected a whole number, at least 1")
+    check_integer("steps", steps, 1)
     _check_dropout(dropout)
     settings = (int(steps), float(dropout))
     rates = jnp.asarray([learning_rate, weight_decay], x_NF.dtype)

@@ -41,7 +41,7 @@ def pull_back(
     (slopes,) = jax.vjp(product, arrays)[1](jnp.hstack([dav_MK, u_MK.conj()]))
     slopes = iter(slopes)
     back = [
-        next(slopes) if ok else np.zeros(leaf.shape, jax.dtypes.float0)
+        next(slopes) if ok else np.zeros(np.shape(leaf), jax.dtypes.float0)
         for ok, leaf in zip(learned, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, back)

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
-from jax.tree_util import Partial
 
 from isvd.algebra import windowed_sum
-from isvd.arguments import check_square
-from isvd.operators import LinearOperator, Product, _Static, diagonal, dtype_of, ones
+from isvd.arguments import check_integer, check_square
+from isvd.operators import LinearOperator, Product, _Static, compiled, diagonal, dtype_of, ones
 from isvd.spmm import sparse
 
 
@@ -28,8 +27,7 @@ def walk_weights(window: int) -> np.ndarray:
     >>> walk_weights(3).round(3)
     array([0.5  , 0.333, 0.167])
     """
-    if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1:
-        raise ValueError(f"window={window!r}, expected a whole number, at least 1")
+    check_integer("window", window, 1)
     return np.arange(window, 0, -1) / (window * (window + 1) / 2)
 
 
@@ -142,14 +140,13 @@ def propagated(
             f"adjacency_hat has shape {adjacency_hat.shape} and features {features.shape}: "
             "expected as many rows of features as nodes"
         )
-    if isinstance(num_hops, bool) or not isinstance(num_hops, int | np.integer) or num_hops < 0:
-        raise ValueError(f"num_hops={num_hops!r}, expected a whole number, at least 0")
+    check_integer("num_hops", num_hops, 0)
     num_blocks = int(num_hops) + 1
     dtype = jnp.result_type(adjacency_hat.dtype, features.dtype)
     static = _Static((num_blocks, dtype))
     return LinearOperator(
-        Partial(_hops, static, adjacency_hat.matmat, features.matmat),
-        Partial(_hops_adjoint, static, adjacency_hat.rmatmat, features.rmatmat),
+        compiled(_hops, static, adjacency_hat.matmat, features.matmat),
+        compiled(_hops_adjoint, static, adjacency_hat.rmatmat, features.rmatmat),
         (features.shape[0], num_blocks * features.shape[1]),
         dtype,
     )

@@ -28,7 +28,7 @@ def load_text(
         raise ValueError(f'delimiter={delimiter!r}: expected one character, not one of # % and "')
     rows = list(itertools.islice(rows_of(path, delimiter), 2))
     if header is None:
-        header = _has_header(path, rows, delimiter, names)
+        header = _has_header(path, rows, delimiter, names, ignore_extra)
     if len(rows) <= header:
         raise ValueError(f"{path}: no edges, expected at least one row")
     line, first = rows[header]
@@ -82,8 +82,8 @@ def _parse(
         for name in columns[:2]:
             if numbers or not names:
                 _check_number(path, line, name, names)
-            elif not name or not name.isprintable():
-                raise ValueError(f"{path}, line {line}: {name!r} is not a name in UTF-8")
+            else:
+                _check_name(path, line, name)
         ids.append(columns[:2])
     return np.array(ids, dtype=str).astype(np.int64) if numbers else np.array(ids, dtype=str)
 
@@ -111,13 +111,20 @@ def _open_text(path: Path) -> Any:
     return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape")
 
 
-def _has_header(path: Path, rows: list, delimiter: str | None, names: bool) -> bool:
+def _has_header(
+    path: Path, rows: list, delimiter: str | None, names: bool, ignore_extra: bool
+) -> bool:
     if not rows or any(map(is_number, rows[0][1])):
         return False
     if len(rows) == 2 and any(map(is_number, rows[1][1])):
         return True
     if names:
         _check_white_space(path, *rows[0], delimiter)
+        # The last of these rows is an edge, whatever the first one is.
+        line, columns = rows[-1]
+        _check_columns(path, line, columns, delimiter, ignore_extra)
+        for name in columns[:2]:
+            _check_name(path, line, name)
         raise ValueError(
             f"{path}, line {rows[0][0]}: {(delimiter or ' ').join(rows[0][1])!r} may be a header "
             "or an edge; give header=True or header=False"
@@ -144,9 +151,18 @@ def _check_columns(
 ) -> None:
     _check_white_space(path, line, columns, delimiter)
     if len(columns) < 2 or (len(columns) > 2 and not ignore_extra):
-        hint = "; ignore_extra=True leaves the others aside" if len(columns) > 2 else ""
+        if len(columns) > 2:
+            hint = "; ignore_extra=True leaves the others aside"
+        else:
+            marks = [mark for mark in ",;\t|" if mark in columns[0]]
+            hint = f"; give delimiter={marks[0]!r}" if marks else ""
         few = "1 column" if len(columns) == 1 else f"{len(columns)} columns"
         raise ValueError(f"{path}, line {line}: {few}, expected 2{hint}")
+
+
+def _check_name(path: Path, line: int, name: str) -> None:
+    if not name or not name.isprintable():
+        raise ValueError(f"{path}, line {line}: {name!r} is not a name in UTF-8")
 
 
 def _check_number(path: Path, line: int, text: str, names: bool) -> None:

@@ -23,6 +23,7 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from isvd.algebra import centered
+from isvd.arguments import check_integer
 from isvd.factorize import svd
 from isvd.operators import LinearOperator, dense
 from isvd.solve import frobenius_norm
@@ -37,7 +38,8 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         n_components: K, from 1 to min(M, N).
         tol: residual to reach, relative to the largest singular value; by default as of
             `isvd.svd`.
-        random_state: a number, numpy's RandomState, or None for one that numpy draws.
+        random_state: a whole number from 0 to 2**32 - 1, numpy's RandomState, or None for one that
+            numpy draws.
 
     Attributes:
         components_: (K, N), rows orthonormal; the entry of largest modulus of each is positive.
@@ -64,7 +66,12 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return tags
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Factor a matrix (M, N): an array, a sparse one of scipy or JAX, or an operator."""
+        """Factor a matrix (M, N): an array, a sparse one of scipy or JAX, or an operator.
+
+        Raises:
+            ValueError: for a matrix that is empty, not finite or of complex numbers, an operator
+                that is not of real floating type, or settings outside their range.
+        """
         self._fit(X)
         return self
 
@@ -97,15 +104,8 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             )
         limit = min(x_MN.shape)
         rank = self.n_components
-        if (
-            isinstance(rank, bool)
-            or not isinstance(rank, int | np.integer)
-            or not 1 <= rank <= limit
-        ):
-            raise ValueError(
-                f"n_components={rank!r}, expected a whole number from 1 to {limit}, the lesser of "
-                f"n_samples={num_samples} and n_features={num_features}"
-            )
+        least_of = f"the lesser of n_samples={num_samples} and n_features={num_features}"
+        check_integer("n_components", rank, 1, limit, least_of)
         key_svd, key_norm = jax.random.split(jax.random.key(self._seed()))
         if isinstance(x_MN, LinearOperator):
             one_M1 = jnp.ones((num_samples, 1), x_MN.dtype)
@@ -148,10 +148,12 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             X = sparse(X)
         if isinstance(X, LinearOperator):
             if not jnp.issubdtype(X.dtype, jnp.floating):
-                raise ValueError(
-                    f"X has dtype {X.dtype}, expected a real floating type: "
+                hint = (
                     "isvd.svd(isvd.centered(X), ...) gives the components of complex data"
+                    if X.dtype.kind == "c"
+                    else "make the operator of float32 entries"
                 )
+                raise ValueError(f"X has dtype {X.dtype}, expected a real floating type: {hint}")
             if reset:
                 self.n_features_in_ = X.shape[1]
             elif X.shape[1] != self.n_features_in_:
@@ -178,6 +180,7 @@ class TruncatedSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _seed(self) -> int:
         if isinstance(self.random_state, int | np.integer):
+            check_integer("random_state", self.random_state, 0, 2**32 - 1)
             return int(self.random_state)
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 

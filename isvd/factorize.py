@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from isvd.arguments import check_dtype, check_integer
+from isvd.arguments import check_dtype, check_integer, checked_number
 from isvd.axes import on_automatic_axes
 from isvd.derivative import pull_back, svd_tangent
 from isvd.krylov import PATIENCE, krylov_svd
@@ -66,8 +66,8 @@ def svd(
         block: columns of one product, 8 by default; more suits accelerators. It is the
             multiplicity that one pass can see: clusters that are larger are searched for.
         width: columns of the Krylov basis, which bound memory: (M + N) * width numbers. More of
-            them need fewer products. If it reaches min(M, N) the matrix is formed and factored. By
-            default 168 for rank 32, of which cycles use 104 until 1040 columns were multiplied.
+            them need fewer products. If it reaches min(M, N) the matrix is formed and factored.
+            The default for rank 32: 104 columns for the first 1040 products, 168 after them.
         oversample: subspace iteration's p, by default min(rank, 30).
         warm_start: an SVD of a similar operator, or its right vectors (N, any): the first block,
             with noise of about 10 tol in it by which a triplet that they miss is found.
@@ -128,8 +128,10 @@ def _closure_converted(fn: Callable, *example: Any) -> tuple[Callable, list[jax.
     fixed = [None if isinstance(x, jax.core.Tracer) else x for x in closed.consts]
     jaxpr = closed.jaxpr
 
+    count = len(example)  # `converted` outlives this trace, and so may hold nothing traced
+
     def converted(*given: Any) -> jax.Array:
-        own, traced = given[: len(example)], iter(given[len(example) :])
+        own, traced = given[:count], iter(given[count:])
         constants = [next(traced) if x is None else x for x in fixed]
         return jax.core.eval_jaxpr(jaxpr, constants, *own)[0]
 
@@ -165,35 +167,68 @@ def _checked_plan(
     check_dtype(op)
     if method not in ("krylov", "subspace"):
         raise ValueError(f"method={method!r}, expected krylov or subspace")
-    if tol is not None and not 0 <= tol < 1:
-        raise ValueError(f"tol={tol}, expected None, or from 0 to less than 1")
+    if tol is not None:
+        tol = checked_number("tol", tol)
+        if not 0 <= tol < 1:
+            raise ValueError(f"tol={tol}, expected None, or from 0 to less than 1")
     if max_products is not None:
         check_integer("max_products", max_products, 1, _MOST_PRODUCTS)
-    columns = 0
-    if warm_start is not None:
-        warm = warm_start.v_NK if isinstance(warm_start, SVD) else warm_start
-        if np.ndim(warm) != 2 or np.shape(warm)[0] != op.shape[1]:
-            raise ValueError(
-                f"warm_start has shape {np.shape(warm)}, expected right vectors "
-                f"({op.shape[1]}, any)"
-            )
-        columns = np.shape(warm)[1]
-    eps = float(jnp.finfo(op.dtype).eps)
-
+    warm = 0 if warm_start is None else _warm_columns(op, warm_start)
     if method == "subspace":
         if block is not None or width is not None:
             raise ValueError("block and width are of method='krylov'; subspace has oversample")
-        if oversample is not None:
-            check_integer("oversample", oversample, 0)
-        extra = min(rank, 30) if oversample is None else oversample
-        size = min(max(rank, columns) + extra, limit)
-        iterations = 10 if tol is None else 10_000
-        most = max_products or 2 * (iterations + 1) * size
-        return Plan(method, rank, size, rank, size, size, tol or 0.0, most)
+        return _subspace_plan(op, rank, tol, max_products, oversample, warm)
     if oversample is not None:
         raise ValueError("oversample is of method='subspace'; krylov has block and width")
+    return _krylov_plan(op, rank, tol, max_products, block, width, warm)
+
+
+def _warm_columns(op: LinearOperator, warm_start: Any) -> int:
+    shape = np.shape(warm_start.v_NK if isinstance(warm_start, SVD) else warm_start)
+    if len(shape) != 2 or shape[0] != op.shape[1]:
+        raise ValueError(
+            f"warm_start has shape {shape}, expected right vectors ({op.shape[1]}, any)"
+        )
+    return shape[1]
+
+
+def _subspace_plan(
+    op: LinearOperator,
+    rank: int,
+    tol: float | None,
+    max_products: int | None,
+    oversample: int | None,
+    warm: int,
+) -> Plan:
+    if oversample is not None:
+        check_integer("oversample", oversample, 0)
+    extra = min(rank, 30) if oversample is None else oversample
+    block = min(max(rank, warm) + extra, *op.shape)
+    iterations = 10 if tol is None else 10_000
+    return Plan(
+        method="subspace",
+        rank=rank,
+        block=block,
+        kept=rank,
+        narrow=block,
+        width=block,
+        tol=tol or 0.0,
+        max_products=max_products or 2 * (iterations + 1) * block,
+    )
+
+
+def _krylov_plan(
+    op: LinearOperator,
+    rank: int,
+    tol: float | None,
+    max_products: int | None,
+    block: int | None,
+    width: int | None,
+    warm: int,
+) -> Plan:
+    limit = min(op.shape)
     if block is None:
-        block = min(max(columns, BLOCK), limit)
+        block = min(max(warm, BLOCK), limit)
     check_integer("block", block, 1, limit, f"min(M, N) of an operator of shape {op.shape}")
     kept = -(-(rank + block // 2) // block) * block
     least = kept + 2 * block
@@ -207,14 +242,14 @@ def _checked_plan(
         # Fewer than the whole space has: only where `narrow` reaches it is the matrix formed.
         width = max(narrow, min(2 * narrow - kept, (limit - 1) // block * block))
     return Plan(
-        "dense" if width >= limit else method,
-        rank,
-        block,
-        kept,
-        narrow,
-        width,
-        eps ** (2 / 3) if tol is None else float(tol),
-        max_products or 100 * width,
+        method="dense" if width >= limit else "krylov",
+        rank=rank,
+        block=block,
+        kept=kept,
+        narrow=narrow,
+        width=width,
+        tol=float(jnp.finfo(op.dtype).eps) ** (2 / 3) if tol is None else tol,
+        max_products=max_products or 100 * width,
     )
 
 

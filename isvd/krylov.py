@@ -19,6 +19,7 @@ from isvd.triplets import (
     Plan,
     matmul,
     mixed_start,
+    over,
     positive,
     report_pass,
     signed,
@@ -59,6 +60,11 @@ class _Cycle(NamedTuple):
 
 
 def krylov_svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Array | None) -> SVD:
+    """Cycles until every residual is below `tol`, or `max_products` columns were multiplied.
+
+    Args:
+        warm_NB: right vectors to start from, with noise in them; random ones for None.
+    """
     noise_XB = jax.random.normal(key, (max(op.shape), plan.block), op.dtype)
     products = plan.block
     if warm_NB is None:
@@ -70,6 +76,7 @@ def krylov_svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Arra
     right_NB = op.rmatmat(left_MB)
     scale = positive(jnp.abs(right_NB).max())  # so that squares neither overflow nor underflow
     next_NB, _ = orthonormalize(right_NB / scale)
+    op = over(op, scale)
 
     def unfinished(c: _Cycle) -> jax.Array:
         return ~c.done & (c.products < plan.max_products)
@@ -91,16 +98,19 @@ def krylov_svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Arra
         done=zeros(shape=(), dtype=jnp.bool),
         noise_XB=noise_XB,
     )
-    cycle = jax.lax.while_loop(unfinished, functools.partial(_cycle, plan, op, scale), cycle)
+    cycle = jax.lax.while_loop(unfinished, functools.partial(_cycle, plan, op), cycle)
     k = plan.rank
     u_MK, s_K, v_NK = cycle.u_WM[:k].T, cycle.s_W[:k], cycle.v_WN[:k].T
-    residual_K = _residual(cycle, k)
-    converged = (residual_K <= plan.tol * s_K[0]).all()
+    residual_K = jnp.hypot(jnp.linalg.norm(cycle.tail_BW[:, :k], axis=0), cycle.dropped)
 
     # Each restart adds its rounding to the values. Where there were many, one more product with the
     # vectors costs little beside them, and its quotients start from the operator again.
     many = cycle.products > 20 * k
-    s_K = jax.lax.cond(many, lambda: _quotients(op, scale, u_MK, v_NK), lambda: s_K)
+    s_K, miss_K = jax.lax.cond(
+        many, lambda: _quotients(op, u_MK, v_NK), lambda: (s_K, jnp.zeros_like(s_K))
+    )
+    residual_K = jnp.hypot(residual_K, miss_K)
+    converged = (residual_K <= plan.tol * s_K.max()).all()
     order_K = jnp.argsort(-s_K)
     u_MK, s_K, v_NK, residual_K = (
         jnp.take(part, order_K, axis=-1) for part in (u_MK, s_K, v_NK, residual_K)
@@ -110,17 +120,15 @@ def krylov_svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Arra
     return SVD(u_MK, s_K * scale, v_NK, residual_K * scale, products, converged)
 
 
-def _quotients(op: LinearOperator, scale: jax.Array, u_MK: jax.Array, v_NK: jax.Array) -> jax.Array:
-    along_K = (u_MK.conj() * (op.matmat(v_NK) / scale)).sum(0).real
+def _quotients(op: LinearOperator, u_MK: jax.Array, v_NK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """s = <u, A v>, and |A v - s u|."""
+    left_MK = op.matmat(v_NK)
     sizes_K = jnp.linalg.norm(u_MK, axis=0) * jnp.linalg.norm(v_NK, axis=0)
-    return jnp.maximum(along_K / sizes_K, 0)
+    s_K = jnp.maximum((u_MK.conj() * left_MK).sum(0).real / sizes_K, 0)
+    return s_K, jnp.linalg.norm(left_MK - u_MK * s_K, axis=0)
 
 
-def _residual(cycle: _Cycle, k: int) -> jax.Array:
-    return jnp.hypot(jnp.linalg.norm(cycle.tail_BW[:, :k], axis=0), cycle.dropped)
-
-
-def _cycle(plan: Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cycle:
+def _cycle(plan: Plan, op: LinearOperator, c: _Cycle) -> _Cycle:
     """Fill the basis or converge, factor the small matrix, keep its leading triplets."""
     block, width, kept, k = plan.block, plan.width, plan.kept, plan.rank
     searching = jnp.isfinite(c.searched_K[0])
@@ -139,10 +147,10 @@ def _cycle(plan: Plan, op: LinearOperator, scale: jax.Array, c: _Cycle) -> _Cycl
             _noise(c, size, c.products + 2 * at + i) for i, size in enumerate(op.shape)
         )
         v_WN = _put(basis.v_WN, basis.next_NB.T, at, 0)
-        left_MB = op.matmat(basis.next_NB) / scale
+        left_MB = op.matmat(basis.next_NB)
         size = jnp.maximum(basis.size, jnp.linalg.norm(left_MB, axis=0).max())
         u_MB, r_BB = _next_left(noise_M, left_MB - basis.known_MB, basis.u_WM, at, size)
-        right_NB = op.rmatmat(u_MB) / scale - matmul(basis.next_NB, r_BB.conj().T)
+        right_NB = op.rmatmat(u_MB) - matmul(basis.next_NB, r_BB.conj().T)
         next_NB, s_BB = _next_block(noise_N, right_NB, v_WN, at + block, size)
         known_MB = matmul(u_MB, s_BB.conj().T)
         b_WX = _put(basis.b_WX, jnp.hstack([r_BB, s_BB.conj().T]), at, at)

@@ -1,4 +1,4 @@
-"""Link prediction with the factors of a graph: scores, measures, choice of the rank, fine-tuning.
+"""Link prediction with the factors of a graph: scores, choice of the rank, fine-tuning.
 
 Axes: N nodes, E edges, P pairs or positives, Q negatives, K rank, R ranks, S steps.
 """
@@ -16,6 +16,7 @@ import scipy.sparse
 from isvd.arguments import check_integer
 from isvd.design import link_operator
 from isvd.factorize import SVD, svd
+from isvd.metrics import hits_at_k, mean_reciprocal_rank, roc_auc  # noqa: F401, users find them here
 from isvd.readers import adjacency
 
 RANKS = (4, 8, 16, 32, 64, 128, 256)
@@ -37,6 +38,8 @@ def scores(factors: SVD, pairs_P2: Any, *, symmetric: bool = True) -> jax.Array:
         pairs_P2: integers from 0 to N - 1; others, which cannot be refused under jit, give NaN.
         symmetric: the mean of entries (i, j) and (j, i), for graphs without directions. M itself
             is not symmetric, and the mean predicts better (PPI: AUC .893 against .887).
+    Raises:
+        ValueError: if `pairs_P2` is no array of integers (P, 2).
     Source: section on network embedding; the reference's `score_sym`.
     """
     pairs_P2 = _checked_pairs(pairs_P2)
@@ -76,79 +79,6 @@ def _checked_pairs(pairs_P2: Any, num_nodes: int | None = None, name: str = "pai
             bad = low if low < 0 else high
             raise ValueError(f"{name} has node {bad}, expected 0 to {num_nodes - 1}")
     return pairs_P2
-
-
-# Measures ----------------------------------------------------------------------------------------
-
-
-def roc_auc(positive_P: Any, negative_Q: Any) -> Any:
-    """The chance that a positive scores above a negative; ties count one half.
-
-    Exact for numpy arrays, whose counts are 64-bit integers, and a float; with a JAX array the
-    counts of each positive are exact and their mean has the rounding of float32 (it works under
-    jit). NaN if a score is NaN.
-    """
-    xp = _namespace(positive_P, negative_Q)
-    positive_P, negative_Q = (
-        _flat(xp, "positive_P", positive_P),
-        _flat(xp, "negative_Q", negative_Q),
-    )
-    sorted_Q = xp.sort(negative_Q)
-    # Twice the negatives below, a tie once: whole numbers.
-    wins_P = sum(xp.searchsorted(sorted_Q, positive_P, side=side) for side in ("left", "right"))
-    bad = xp.isnan(positive_P).any() | xp.isnan(negative_Q).any()
-    if xp is np:
-        return float("nan") if bad else int(wins_P.sum()) / (2 * len(negative_Q) * len(positive_P))
-    return jnp.where(bad, jnp.nan, (wins_P / (2 * negative_Q.shape[0])).mean())
-
-
-def hits_at_k(positive_P: Any, negative_Q: Any, k: int) -> Any:
-    """The fraction of positives strictly above the k-th highest negative; 1 if there are fewer.
-
-    Source: the evaluator of the Open Graph Benchmark.
-    """
-    xp = _namespace(positive_P, negative_Q)
-    positive_P, negative_Q = (
-        _flat(xp, "positive_P", positive_P),
-        _flat(xp, "negative_Q", negative_Q),
-    )
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        raise ValueError(f"k={k!r}, expected a whole number, at least 1")
-    bad = xp.isnan(positive_P).any() | xp.isnan(negative_Q).any()
-    bar = xp.sort(negative_Q)[-k] if k <= negative_Q.shape[0] else -xp.inf
-    share = (positive_P > bar).mean() if k <= negative_Q.shape[0] else xp.ones(())
-    share = xp.where(bad, xp.nan, share)
-    return float(share) if xp is np else share
-
-
-def mean_reciprocal_rank(positive_P: Any, negative_PQ: Any) -> Any:
-    """Mean of 1 / rank of each positive among its own negatives; a tie counts half a place.
-
-    Source: the evaluator of the Open Graph Benchmark.
-    """
-    xp = _namespace(positive_P, negative_PQ)
-    positive_P, negative_PQ = _flat(xp, "positive_P", positive_P), xp.asarray(negative_PQ)
-    if negative_PQ.ndim != 2 or negative_PQ.shape[0] != positive_P.shape[0]:
-        raise ValueError(
-            f"negative_PQ has shape {negative_PQ.shape}, expected ({positive_P.shape[0]}, Q)"
-        )
-    # Counts of 32 bits, so that what JAX makes of them is a float32 with x64 on too.
-    above_P = (negative_PQ > positive_P[:, None]).sum(1, dtype=np.int32)
-    not_below_P = (negative_PQ >= positive_P[:, None]).sum(1, dtype=np.int32)
-    bad = xp.isnan(positive_P).any() | xp.isnan(negative_PQ).any()
-    mean = xp.where(bad, xp.nan, (1 / (1 + (above_P + not_below_P) / 2)).mean())
-    return float(mean) if xp is np else mean
-
-
-def _namespace(*arrays: Any) -> Any:
-    return jnp if any(isinstance(a, jax.Array) for a in arrays) else np
-
-
-def _flat(xp: Any, name: str, score_P: Any) -> Any:
-    score_P = xp.asarray(score_P)
-    if score_P.ndim != 1 or not score_P.size:
-        raise ValueError(f"{name} has shape {score_P.shape}, expected one axis, not empty")
-    return score_P
 
 
 # Choice of the rank ------------------------------------------------------------------------------
@@ -231,6 +161,9 @@ def choose_rank_leaky(
     It splits arcs: the reverse of a held-out arc is fitted with probability 1 - fraction, so the
     AUC is too high, by up to .1, and favours ranks that are too large (PPI: 32, where 8 is best on
     the test pairs). Negatives are uniform pairs, whether joined or not; ties go to the larger rank.
+
+    Raises:
+        ValueError: for nodes or settings outside their range, or if no rank has finite scores.
     """
     edges_E2 = np.asarray(_checked_pairs(edges_E2, num_nodes, "edges_E2"))
     check_integer("negatives_per_edge", negatives_per_edge, 1)
@@ -263,7 +196,7 @@ def _auc_by_rank(
     factors = svd(link_operator(graph, **link_options), key, rank=max(ranks), tol=tol)
     auc = []
     for rank in ranks:
-        part = SVD(factors.u_MK[:, :rank], factors.s_K[:rank], factors.v_NK[:, :rank], *factors[3:])
+        part = factors.leading(rank)
         both = (np.asarray(scores(part, pairs)) for pairs in (positive_P2, negative_Q2))
         auc.append(roc_auc(*both))
     return np.array(auc)
@@ -362,8 +295,7 @@ def finetune_spectrum(
     num_nodes = factors.u_MK.shape[0]
     edges_E2 = jnp.asarray(_checked_pairs(edges_E2, num_nodes, "edges_E2"), jnp.int32)
     for name, value in (("steps", steps), ("batch", batch), ("negatives", negatives)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name}={value!r}, expected a whole number, at least 1")
+        check_integer(name, value, 1)
     if batch > len(edges_E2):
         raise ValueError(f"batch={batch} is more than the {len(edges_E2)} edges")
     sizes = (int(steps), int(batch), int(negatives), bool(symmetric))

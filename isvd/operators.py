@@ -18,6 +18,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from itertools import pairwise
+from types import FunctionType
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from isvd.arguments import check_not_sparse, check_square
+from isvd.arguments import check_integer, check_not_sparse, check_square
 
 Product = Callable[[jax.Array], jax.Array]
 Scalar = complex | float | int | np.generic | jax.Array
@@ -39,6 +40,10 @@ Scalar = complex | float | int | np.generic | jax.Array
 @dataclasses.dataclass(frozen=True, repr=False)
 class LinearOperator:
     """A matrix A of shape (M, N), by its products.
+
+    What is learned are the arrays from which an operator is made, inside of the loss. Its own
+    leaves are no parameters: both closures hold the same arrays, so that a step of descent on
+    leaves makes two matrices of one, and none of them can be donated.
 
     Attributes:
         matmat: x_NC -> A x.   rmatmat: y_MC -> A^H y. Both take blocks and check nothing;
@@ -179,6 +184,42 @@ class _Static:
     value: Any
 
 
+def compiled(fn: Callable, *given: Any) -> Partial:
+    """`Partial(fn, *given)`, for a function of this package that makes functions, as loops do.
+
+    Outside of jit those would be compiled again at each call: here one program serves all calls.
+    Not where a user's function is in it that holds something, which may be traced and must not be
+    kept with a program, or a leaf that is no array, such as text.
+    """
+    leaves_are_arrays = all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(given))
+    if not leaves_are_arrays or _holds_something(given):
+        return Partial(fn, *given)
+    # The jitted function is not the Partial's own, which `svd` takes for one that holds something.
+    return Partial(_run, _Static(fn), *given)
+
+
+def _run(fn: _Static, *given: Any) -> Any:
+    return _run_compiled(fn, *given)
+
+
+@jax.jit
+def _run_compiled(fn: _Static, *given: Any) -> Any:
+    return fn.value(*given)
+
+
+def _holds_something(product: Any) -> bool:
+    """Whether a function in it has more than its arguments: a closure, defaults, attributes."""
+    if isinstance(product, Partial):
+        parts = [product.func, *product.args, *product.keywords.values()]
+        return any(map(_holds_something, parts))
+    if isinstance(product, tuple | list):
+        return any(map(_holds_something, product))
+    if isinstance(product, FunctionType):
+        places = (product.__closure__, product.__defaults__, product.__kwdefaults__)
+        return any(place is not None for place in places)
+    return callable(product)  # a bound method, or another object with arrays of its own
+
+
 def _on_blocks(
     name: str, fn: Product, size_in: int, size_out: int, dtype: np.dtype, block: bool | None
 ) -> Product:
@@ -252,7 +293,11 @@ def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def dense(a_MN: Any) -> LinearOperator:
-    """The operator of a matrix in memory. Products are in full precision on every device."""
+    """The operator of a matrix in memory. Products are in full precision on every device.
+
+    Raises:
+        ValueError: if it is sparse, or has other than two axes.
+    """
     check_not_sparse("a_MN", a_MN)
     a_MN = jnp.asarray(a_MN)
     if a_MN.ndim != 2:
@@ -271,7 +316,11 @@ def _dense_adjoint(a_MN: jax.Array, y_MC: jax.Array) -> jax.Array:
 
 
 def diagonal(d_N: Any) -> LinearOperator:
-    """diag(d)."""
+    """diag(d).
+
+    Raises:
+        ValueError: if d has other than one axis.
+    """
     d_N = jnp.asarray(d_N)
     if d_N.ndim != 1:
         raise ValueError(f"d_N has shape {d_N.shape}, expected one axis")
@@ -285,7 +334,11 @@ def _diagonal(d_N: jax.Array, x_NC: jax.Array) -> jax.Array:
 
 
 def low_rank(u_MK: Any, v_NK: Any) -> LinearOperator:
-    """u v^H, by 2 K multiply-adds for each row and column."""
+    """u v^H, by 2 K multiply-adds for each row and column.
+
+    Raises:
+        ValueError: if the shapes are not (M, K) and (N, K).
+    """
     u_MK, v_NK = jnp.asarray(u_MK), jnp.asarray(v_NK)
     if u_MK.ndim != 2 or v_NK.ndim != 2 or u_MK.shape[1] != v_NK.shape[1]:
         raise ValueError(
@@ -295,7 +348,11 @@ def low_rank(u_MK: Any, v_NK: Any) -> LinearOperator:
 
 
 def ones(num_rows: int, num_columns: int, dtype: Any = jnp.float32) -> LinearOperator:
-    """The matrix of ones, 1 1^T; `c * ones(M, N)` is any other constant."""
+    """The matrix of ones, 1 1^T; `c * ones(M, N)` is any other constant.
+
+    Raises:
+        ValueError: if a size is no whole number from 1.
+    """
     shape = _checked_shape((num_rows, num_columns))
     dtype = dtype_of(dtype)
     forward, backward = (Partial(_ones, _Static((size, dtype))) for size in shape)
@@ -308,7 +365,11 @@ def _ones(static: _Static, x_NC: jax.Array) -> jax.Array:
 
 
 def identity(size: int, dtype: Any = jnp.float32) -> LinearOperator:
-    """The identity."""
+    """The identity.
+
+    Raises:
+        ValueError: if the size is no whole number from 1.
+    """
     dtype = dtype_of(dtype)
     same = Partial(_same, _Static(dtype))
     return LinearOperator(same, same, _checked_shape((size, size)), dtype)
@@ -331,7 +392,11 @@ def dtype_of(dtype: Any) -> np.dtype:
 
 
 def compose(*operators: LinearOperator) -> LinearOperator:
-    """A B ..., applied from the right."""
+    """A B ..., applied from the right.
+
+    Raises:
+        ValueError: if the columns of one are not as many as the rows of the next.
+    """
     for a, b in pairwise(operators):
         if a.shape[1] != b.shape[0]:
             fits = a.shape[1] == b.shape[1]
@@ -352,7 +417,11 @@ def _chain(products: tuple[Product, ...], x: jax.Array) -> jax.Array:
 
 
 def add(*operators: LinearOperator) -> LinearOperator:
-    """A + B + ..., of one shape."""
+    """A + B + ..., of one shape.
+
+    Raises:
+        ValueError: if shapes differ.
+    """
     for other in operators[1:]:
         if other.shape != operators[0].shape:
             fits = other.shape == operators[0].shape[::-1]
@@ -371,7 +440,11 @@ def _total(products: tuple[Product, ...], x_NC: jax.Array) -> jax.Array:
 
 
 def scale(factor: Scalar, a: LinearOperator) -> LinearOperator:
-    """c A, for a number or an array without axes (which may be traced, and differentiated)."""
+    """c A, for a number or an array without axes (which may be traced, and differentiated).
+
+    Raises:
+        ValueError: if c has axes.
+    """
     if np.ndim(factor):
         raise ValueError(
             f"c * A: c has shape {np.shape(factor)}, expected a number; for one factor a row or "
@@ -403,12 +476,15 @@ def _conjugated(product: Product, x: jax.Array) -> jax.Array:
 
 
 def power(a: LinearOperator, exponent: int) -> LinearOperator:
-    """A^n for a square A and n >= 0: n products in a loop, of which one is compiled."""
+    """A^n for a square A and n >= 0: n products in a loop, of which one is compiled.
+
+    Raises:
+        ValueError: if A is not square, or n is no whole number from 0.
+    """
     check_square("A ** n", a)
-    if not isinstance(exponent, int | np.integer) or exponent < 0:
-        raise ValueError(f"A ** n: n={exponent!r}, expected a whole number, at least 0")
+    check_integer("A ** n: n", exponent, 0)
     n = _Static((int(exponent), a.dtype))
-    forward, backward = (Partial(_repeated, n, product) for product in (a.matmat, a.rmatmat))
+    forward, backward = (compiled(_repeated, n, product) for product in (a.matmat, a.rmatmat))
     return LinearOperator(forward, backward, a.shape, a.dtype)
 
 

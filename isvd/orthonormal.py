@@ -32,6 +32,7 @@ def _householder(x_NB: jax.Array) -> tuple[jax.Array, jax.Array]:
     return tuple(jnp.linalg.qr(x_NB))
 
 
+@jax.jit  # a factorisation that fails on the way is no error, also where NaN is one by JAX's flag
 def _cholesky(x_NB: jax.Array) -> tuple[jax.Array, jax.Array]:
     num_rows, num_columns = x_NB.shape
     # Columns of one size: the condition number is then near the least that scaling can give, and

@@ -30,8 +30,11 @@ class Graph(NamedTuple):
         edges_E2: int32, every edge once, ids 0 to num_nodes - 1.
         num_nodes: with those that have no edge.
         names: names[i] is the id that node i has in the file, or None if ids are those of the file.
-        num_repeated: rows of the file that repeat an earlier edge, and were left out.
-        num_loops: edges from a node to itself, which are kept.
+        num_repeated: rows of the file that repeat an earlier edge, and were left out: the edge
+            weighs as one that is there once. Without `directed` its reverse repeats an edge, so
+            this is half of the rows of a file that lists both.
+        num_loops: edges from a node to itself, which are kept. In the `adjacency` of an undirected
+            graph each is an entry 2 on the diagonal, unless `repeated` or `loops` say otherwise.
     """
 
     edges_E2: np.ndarray
@@ -226,7 +229,8 @@ def read_edges(
 
     An edge that is met again is left out, and counted in `num_repeated`; without `directed` its
     reverse is the same edge, as SNAP lists both. What is kept is the first of them, in the order
-    and direction of the file. Loops are kept, and counted in `num_loops`.
+    and direction of the file. Loops are kept, and counted in `num_loops`. A matrix in a `.npz` is
+    read as a list as well: an entry 1 on its diagonal is a loop, which `adjacency` makes a 2.
 
     Args:
         path: of the file.

@@ -25,6 +25,7 @@ from isvd.operators import (
     _dense,
     _dense_adjoint,
     _Static,
+    compiled,
 )
 from isvd.spmm import _compressed_rows, _entry_dtype
 
@@ -74,8 +75,8 @@ def row_sharded(matrix: Any, mesh: Mesh, axis: str, dtype: Any = None) -> Linear
     spread = NamedSharding(mesh, PartitionSpec(axis))
     forward, backward = jax.device_put((forward, backward), spread)
     return LinearOperator(
-        Partial(_matmat, place, products[0], forward),
-        Partial(_rmatmat, place, products[1], backward),
+        compiled(_matmat, place, products[0], forward),
+        compiled(_rmatmat, place, products[1], backward),
         (num_rows, num_columns),
         dtype,
     )

@@ -20,7 +20,7 @@ from isvd.derivative import inverse_of, outside_span, pull_back
 from isvd.factorize import SVD, hoisted, svd
 from isvd.operators import LinearOperator, low_rank
 from isvd.orthonormal import orthonormalize
-from isvd.triplets import matmul, positive
+from isvd.triplets import matmul, over, positive, power_of_two
 
 
 def approximation(factors: SVD) -> LinearOperator:
@@ -69,6 +69,7 @@ def _product_forward(op, factors, x_NC):
     return _low_rank_product(op, factors, x_NC), (op, factors, x_NC)
 
 
+@jax.jit  # its solver would compile at every call
 def _product_backward(saved, cotangent_MC):
     op, factors, x_NC = saved
     u_MK, s_K, v_NK = factors[:3]
@@ -110,14 +111,16 @@ def pinv_solve(
     Returns:
         w_NC, or (N,).
     Raises:
-        ValueError: if the sizes differ, or `ridge` is negative (where it is traced, its value
-            cannot be looked at).
+        ValueError: if the sizes differ, or `ridge` is not one number of at least 0 (where it is
+            traced, its value cannot be looked at).
     """
     num_rows, num_columns = factors.u_MK.shape[0], factors.v_NK.shape[0]
     y_MC = _checked_block("y_MC", y_MC, num_rows, factors.u_MK.dtype)
     if op is not None:
         _check_factors(op, factors)
-    if not isinstance(ridge, jax.core.Tracer) and np.any(np.asarray(ridge) < 0):
+    if np.ndim(ridge):
+        raise ValueError(f"ridge has shape {np.shape(ridge)}, expected one number")
+    if not isinstance(ridge, jax.core.Tracer) and not ridge >= 0:  # NaN neither
         raise ValueError(f"ridge={ridge}, expected at least 0")
     if y_MC.ndim == 1:
         return pinv_solve(factors, y_MC[:, None], rcond=rcond, ridge=ridge, op=op)[:, 0]
@@ -153,6 +156,7 @@ def _pinv_forward(op, factors, y_MC, ridge):
     return _pinv_solve(op, factors, y_MC, ridge), (op, factors, y_MC, ridge)
 
 
+@jax.jit
 def _pinv_backward(saved, cotangent_NC):
     op, factors, y_MC, ridge = saved
     u_MK, s_K, v_NK = factors[:3]
@@ -212,33 +216,40 @@ def eigh(op: LinearOperator, key: jax.Array, *, rank: int, **options: object) ->
         options: as of `svd`.
     Returns:
         Eigen; `converged` is False too where A is not Hermitian.
+    Raises:
+        ValueError: if A is not square, `rank` is not from 1 to N, or as of `svd`.
     """
     check_square("eigh", op)
     size = op.shape[0]
     op = hoisted(op)
+    check_integer("rank", rank, 1, size, f"for an operator of shape {op.shape}")
     fixed = jax.lax.stop_gradient(op)
-    factors = svd(fixed, key, rank=min(rank + 1, size) if rank <= size else rank, **options)
+    factors = svd(fixed, key, rank=min(rank + 1, size), **options)
     both_NX = jnp.hstack([factors.v_NK, factors.u_MK])
     if both_NX.shape[1] > size:
         both_NX = jnp.eye(size, dtype=op.dtype)
     q_NX, _ = orthonormalize(both_NX)
-    aq_NX = fixed.matmat(q_NX)
+    # So that squares neither overflow nor underflow, and values that are equal stay equal: the rule
+    # for gradients takes them for one, and XLA may fuse an inexact product with its differences.
+    scale = power_of_two(positive(factors.s_K[0]))
+    aq_NX = over(fixed, scale).matmat(q_NX)
     small_XX = matmul(q_NX.conj().T, aq_NX)
     values_X, turn_XX = jnp.linalg.eigh((small_XX + small_XX.conj().T) / 2)
     x_NX, ax_NX = matmul(q_NX, turn_XX), matmul(aq_NX, turn_XX)
-    scale = positive(jnp.abs(values_X).max())  # so that squares neither overflow nor underflow
-    residual_X = jnp.linalg.norm((ax_NX - x_NX * values_X) / scale, axis=0)
+    residual_X = jnp.linalg.norm(ax_NX - x_NX * values_X, axis=0)
     # A span can hold little of a vector, and its residual is then large. Of values that are equal
     # to rounding (more than were asked for), take others.
     eps = float(jnp.finfo(op.dtype).eps)
     tol = options.get("tol")
     tol = eps ** (2 / 3) if tol is None else tol
-    size_X = jnp.abs(values_X) / scale - jnp.where(residual_X <= tol, 0, 100 * eps)
+    size_X = jnp.abs(values_X)
+    largest = size_X.max()
+    size_X -= jnp.where(residual_X <= tol * largest, 0, 100 * eps * largest)
     order_K = jnp.argsort(-size_X)[:rank]
     residual_K = residual_X[order_K]
     products = factors.products + q_NX.shape[1]
-    values_K, x_NK = _eigenpairs(op, values_X[order_K], x_NX[:, order_K])
-    return Eigen(values_K, x_NK, residual_K * scale, products, (residual_K <= tol).all())
+    values_K, x_NK = _eigenpairs(op, values_X[order_K] * scale, x_NX[:, order_K])
+    return Eigen(values_K, x_NK, residual_K * scale, products, (residual_K <= tol * largest).all())
 
 
 @jax.custom_vjp
@@ -253,6 +264,7 @@ def _eigenpairs_forward(op, values_K, x_NK):
     return pairs, (op, *pairs)
 
 
+@jax.jit
 def _eigenpairs_backward(saved, cotangent):
     op, values_K, x_NK = saved
     size = positive(jnp.abs(values_K[0]))
@@ -281,7 +293,13 @@ _eigenpairs.defvjp(_eigenpairs_forward, _eigenpairs_backward)
 
 
 def spectral_norm(op: LinearOperator, key: jax.Array, **options: object) -> jax.Array:
-    """|A|_2, the largest singular value. It can be differentiated where it is a single one."""
+    """|A|_2, the largest singular value. It can be differentiated where it is a single one.
+
+    Args:
+        options: as of `svd`, but for `rank`.
+    Raises:
+        ValueError: as of `svd`.
+    """
     return svd(op, key, rank=1, **options).s_K[0]
 
 
@@ -293,8 +311,10 @@ def frobenius_norm(
     """An estimate of |A|_F^2 from `samples` products, without bias, and its standard error.
 
     Raises:
-        ValueError: if `samples` is less than 2.
+        ValueError: if A is not of a floating type that LAPACK factors, or `samples` is no whole
+            number from 2.
     """
+    check_dtype(op)
     check_integer("samples", samples, 2)
     x_MS = op.matmat(_signs(key, op, samples))
     scale = positive(jax.lax.stop_gradient(jnp.abs(x_MS).max()))  # so that no square is lost

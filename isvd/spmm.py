@@ -39,8 +39,8 @@ def sparse(
             many entries, and have the quicker derivative by the block that is multiplied; or, by
             default, "ell" from 16384 entries on and "csr" below (docs/benchmarks.md).
     Raises:
-        ValueError: if it is no such matrix, has other than two axes, or too many entries, or the
-            layout is unknown.
+        ValueError: if it is no such matrix, has other than two axes, too many entries, or traced
+            indices, or the layout is unknown.
     """
     if isinstance(matrix, jax_sparse.BCSR):
         matrix = matrix.to_bcoo()
@@ -50,7 +50,7 @@ def sparse(
                 f"a BCOO of shape {matrix.shape} with {matrix.n_batch} batch and "
                 f"{matrix.n_dense} dense axes: expected two sparse axes"
             )
-        rows_E, columns_E = np.asarray(matrix.indices).T
+        rows_E, columns_E = _known("indices", matrix.indices).T
         inside_E = (rows_E < matrix.shape[0]) & (columns_E < matrix.shape[1])  # others are padding
         values_E = jnp.where(inside_E, matrix.data, 0)
         rows_E, columns_E = np.where(inside_E, rows_E, 0), np.where(inside_E, columns_E, 0)
@@ -86,11 +86,11 @@ def sparse_from_entries(
     that of `sparse`.
 
     Raises:
-        ValueError: if the lengths differ, an index lies outside the shape, or the layout is
-            unknown.
+        ValueError: if the lengths differ, an index lies outside the shape or is traced, or the
+            layout is unknown.
     """
     shape = _checked_shape(shape)
-    rows_E, columns_E = np.asarray(rows_E), np.asarray(columns_E)
+    rows_E, columns_E = _known("rows_E", rows_E), _known("columns_E", columns_E)
     values_E = jnp.asarray(values_E)
     if not rows_E.shape == columns_E.shape == values_E.shape or rows_E.ndim != 1:
         raise ValueError(
@@ -158,6 +158,15 @@ def _compressed_rows(
         cpu=lambda x_NC: (matrix @ jnp.pad(x_NC, ((0, 0), (0, missing))))[:, :-missing],
         default=lambda x_NC: matrix @ x_NC,
     )
+
+
+def _known(name: str, index: Any) -> np.ndarray:
+    if isinstance(index, jax.core.Tracer):
+        raise ValueError(
+            f"{name}: traced, expected known integers: make the operator outside of jit and pass "
+            "it in, or close over the pattern; values alone may be traced"
+        )
+    return np.asarray(index)
 
 
 def _check_size(num_entries: int) -> None:

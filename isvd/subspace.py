@@ -15,6 +15,7 @@ from isvd.triplets import (
     Plan,
     matmul,
     mixed_start,
+    over,
     positive,
     report_pass,
     signed,
@@ -48,11 +49,12 @@ def subspace_svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Ar
     def iteration(state: tuple) -> tuple:
         start_NB, _, _, _, scale, products = state
         v_NB, _ = orthonormalize(start_NB)
-        left_MB = a.matmat(v_NB)
+        left_MB = over(a, positive(scale)).matmat(v_NB)
         # By what the first product shows, so that squares neither overflow nor underflow.
-        scale = jnp.where(scale > 0, scale, positive(jnp.abs(left_MB).max()))
-        u_MB, r_BB = orthonormalize(left_MB / scale)
-        right_NB = a.rmatmat(u_MB) / scale
+        first = jnp.where(scale > 0, 1, positive(jnp.abs(left_MB).max()))
+        scale = positive(scale) * first
+        u_MB, r_BB = orthonormalize(left_MB / first)
+        right_NB = over(a, scale).rmatmat(u_MB)
         # A (v y) = (u x) s to rounding, so the other side says how far the pairs are from singular.
         x_BB, s_B, yh_BB = thin_svd(r_BB)
         miss_NB = matmul(right_NB, x_BB) - matmul(v_NB, yh_BB.conj().T) * s_B
@@ -78,7 +80,7 @@ def subspace_svd(plan: Plan, op: LinearOperator, key: jax.Array, warm_NB: jax.Ar
     v_NB, r_BB = orthonormalize(right_NB)  # A^H u = v r
     x_BB, s_B, yh_BB = thin_svd(r_BB.conj().T)
     u_MK, v_NK = matmul(u_MB, x_BB[:, :k]), matmul(v_NB, yh_BB[:k].conj().T)
-    residual_K = jnp.linalg.norm(a.matmat(v_NK) / scale - u_MK * s_B[:k], axis=0)
+    residual_K = jnp.linalg.norm(over(a, scale).matmat(v_NK) - u_MK * s_B[:k], axis=0)
     u_MK, v_NK = signed(v_NK, u_MK) if wide else signed(u_MK, v_NK)
     return SVD(
         u_MK,

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from isvd.operators import LinearOperator, Product
 
 
 class SVD(NamedTuple):
@@ -17,10 +20,12 @@ class SVD(NamedTuple):
     Attributes:
         u_MK, s_K, v_NK: singular vectors and values, largest first. The entry of largest modulus
             of each left vector is positive, so that runs can be compared.
-        residual_K: |A^H u - s v| of each triplet (|A v - s u| is at rounding): some singular value
-            lies within it of s, the error of s is about its square over the gap to the others,
-            and the angle of u and v to the exact ones is about it over the gap. Subspace iteration
-            gives |A v - s u|. Below rounding, eps * s[0], it means nothing.
+        residual_K: |A^H u - s v| of each triplet: some singular value lies within it of s, the
+            error of s is about its square over the gap to the others, and the angle of u and v to
+            the exact ones is about it over the gap. |A v - s u| is at rounding, up to some
+            30 eps * s[0], and is added (by root of squares) where more than 20 K columns were
+            multiplied; elsewhere, what is below that may be several times too small. Subspace
+            iteration gives |A v - s u|.
         products: columns that were multiplied, by A or by A^H.
         converged: whether every residual is below tol * s[0].
     """
@@ -31,6 +36,15 @@ class SVD(NamedTuple):
     residual_K: jax.Array
     products: jax.Array
     converged: jax.Array
+
+    def leading(self, rank: int) -> "SVD":
+        """The first `rank` of these triplets; `products` and `converged` are those of all."""
+        return self._replace(
+            u_MK=self.u_MK[:, :rank],
+            s_K=self.s_K[:rank],
+            v_NK=self.v_NK[:, :rank],
+            residual_K=self.residual_K[:rank],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +76,28 @@ def signed(u_MK: jax.Array, v_NK: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def positive(x: jax.Array) -> jax.Array:
+    """x, or 1 where it is no divisor: zero, infinite or NaN."""
     return jnp.where((x > 0) & jnp.isfinite(x), x, 1)
+
+
+def power_of_two(x: jax.Array) -> jax.Array:
+    """The one next to a positive number: products with it are exact, short of overflow."""
+    return jax.lax.reduce_precision(x, int(jnp.finfo(x.dtype).nexp), 0)
+
+
+def over(op: LinearOperator, scale: jax.Array) -> LinearOperator:
+    """A / scale, which divides before a product and after it.
+
+    Of entries of 1e-35, float32 holds few products with those of a unit vector. The first divisor
+    is a power of two near the root of `scale`, so that the rest rounds as with one division.
+    """
+    root = power_of_two(jnp.sqrt(scale))
+    forward, backward = (Partial(_over, root, scale / root, x) for x in (op.matmat, op.rmatmat))
+    return LinearOperator(forward, backward, op.shape, op.dtype)
+
+
+def _over(before: jax.Array, after: jax.Array, product: Product, x_NC: jax.Array) -> jax.Array:
+    return product(x_NC / before) / after
 
 
 def mixed_start(plan: Plan, noise_NB: jax.Array, warm_NB: jax.Array) -> jax.Array:
@@ -85,11 +120,13 @@ def relative_residual(residual_K: jax.Array, s_K: jax.Array) -> jax.Array:
 
 
 def report_pass(plan: Plan, products: jax.Array, residual_K: jax.Array, s_K: jax.Array) -> None:
+    """Call the user's function, if there is one, also from inside jit."""
     if plan.report is not None:
         jax.debug.callback(plan.report, products, relative_residual(residual_K, s_K))
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b in full precision: GPUs and TPUs have less by default."""
     return jnp.matmul(a, b, precision="highest")
 
 

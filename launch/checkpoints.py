@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from launch import UsageError, hoststate
+from launch import UsageError, hoststate, rundir
 
 Slot = Literal["latest", "best"]
 
@@ -107,20 +107,24 @@ class Checkpoints:
             # First the name, then the files: a kill must not leave half a checkpoint under it.
             shutil.rmtree(entry.path.rename(entry.path.with_suffix(".old")))
 
-    def restore(self, like: Any, *, which: Slot = "latest") -> Restored | None:
+    def restore(
+        self, like: Any, *, which: Slot = "latest", dispensable: bool = False
+    ) -> Restored | None:
         """The newest sound checkpoint, or None if there are none at all.
 
         `like` gives structure, shapes and dtypes; its leaves may be abstract. Newer checkpoints
-        that are damaged are put aside, with a sentence on stderr.
+        that are damaged are put aside, with a sentence on stderr; with `dispensable` all of
+        them, where none is sound, and the answer is None.
 
-        Raises: DamagedError if all are damaged; UsageError if the state is not one like `like`.
+        Raises: DamagedError if all are damaged and not `dispensable`; UsageError if the state is
+            not one like `like`.
         """
         self.wait()
         header: dict[str, Any] | None = None
         arrays: dict[str, np.ndarray] = {}
         if self._writer:
             try:
-                header, arrays = self._newest_sound(which)
+                header, arrays = self._newest_sound(which, dispensable)
             except (DamagedError, OSError) as error:  # to be raised on every process
                 header = {"error": str(error)}
         header = json.loads(hoststate.from_process_0(json.dumps(header).encode()))
@@ -136,7 +140,9 @@ class Checkpoints:
         state = hoststate.rebuild(like, header["leaves"], arrays)
         return Restored(header["step"], state, header["meta"])
 
-    def _newest_sound(self, slot: Slot) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
+    def _newest_sound(
+        self, slot: Slot, dispensable: bool
+    ) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
         damaged: list[tuple[_Entry, str]] = []
         for entry in reversed(_entries(self._directory / slot)):
             try:
@@ -144,21 +150,26 @@ class Checkpoints:
             except Exception as error:  # whatever is wrong with it, an older one may do
                 damaged.append((entry, _short(error)))
                 continue
-            for bad, reason in damaged:
-                aside = _put_aside(bad.path, self._directory / "damaged" / slot)
-                print(
-                    f"checkpoint of step {bad.step} is damaged ({reason}); moved it to {aside}, "
-                    f"falling back to step {entry.step}",
-                    file=sys.stderr,
-                )
+            self._set_aside(slot, damaged, f"falling back to step {entry.step}")
             return header, arrays
-        if damaged:
+        if damaged and dispensable:
+            self._set_aside(slot, damaged, f"there is no {slot} one now")
+        elif damaged:
             reasons = "; ".join(f"step {entry.step}: {reason}" for entry, reason in damaged)
             raise DamagedError(
                 f"{self._directory / slot}: every checkpoint is damaged ({reasons}); expected a "
                 "sound one: bring back a copy, or start again in another folder"
             )
         return None, {}
+
+    def _set_aside(self, slot: Slot, damaged: list[tuple["_Entry", str]], then: str) -> None:
+        for entry, reason in damaged:
+            aside = rundir.put_aside(entry.path, self._directory / "damaged" / slot)
+            print(
+                f"checkpoint of step {entry.step} is damaged ({reason}); moved it to {aside}, "
+                f"{then}",
+                file=sys.stderr,
+            )
 
     def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if not any(path.iterdir()):
@@ -225,12 +236,6 @@ def _entries(folder: Path) -> list[_Entry]:
 def _short(error: Exception) -> str:
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return " ".join(f"{kind}{error}".split())[:200]
-
-
-def _put_aside(path: Path, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    count = len(list(folder.iterdir()))  # numbers start anew once the newest is gone
-    return path.rename(folder / f"{count:03d}-{path.name}")
 
 
 def _digest(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

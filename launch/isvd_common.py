@@ -1,4 +1,4 @@
-"""What the isvd programs share: reading their input, the compiled factorisation, its figure."""
+"""What the isvd programs share: reading their input, the compiled factorisation, its figures."""
 
 import functools
 import os
@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from launch import UsageError
-from launch.program import SpreadConfig, new_axes
+from launch.program import RunConfig, SpreadConfig, new_axes
+
+LEAST_PICTURED = 3  # dimensions of an embedding
 
 # Input -------------------------------------------------------------------------------------------
 
@@ -38,6 +40,11 @@ def read_edges(flag: str, value: str, **options: Any) -> Any:
         return readers.read_edges(value, **options)
     except (OSError, ValueError) as error:
         raise refusal(flag, value, error, "an edge list that can be read") from error
+
+
+def counted(*counts: tuple[str, int]) -> str:
+    """What to put behind a description of a graph: "; what: count" of each count but 0."""
+    return "".join(f"; {what}: {count}" for what, count in counts if count)
 
 
 def check_tol(tol: float | None) -> None:
@@ -88,9 +95,22 @@ def pass_reporter(say: Callable[..., None]) -> tuple[Callable[[Any, Any], None],
 
 
 def relative_residual(factors: Any) -> float:
-    """The largest residual over s[0]; 0 for the matrix of zeros."""
-    largest, size = float(factors.residual_K.max()), float(factors.s_K[0])
-    return largest / size if size else largest
+    """The largest residual over s[0]; of several draws, which have a leading axis, the largest."""
+    import jax.numpy as jnp
+
+    from isvd import triplets
+
+    relative = jnp.vectorize(triplets.relative_residual, signature="(k),(k)->()")
+    return float(relative(factors.residual_K, factors.s_K).max())
+
+
+def embedding_arrays(factors: Any) -> dict[str, np.ndarray]:
+    """The arrays of embeddings.npz: those of both sides of each node, and how good they are."""
+    from isvd import linkpred
+
+    left_NK, right_NK = map(np.asarray, linkpred.embeddings(factors))
+    arrays = {"left": left_NK, "right": right_NK, "singular_values": np.asarray(factors.s_K)}
+    return arrays | {"residual": np.asarray(factors.residual_K)}
 
 
 # Figures -----------------------------------------------------------------------------------------
@@ -110,3 +130,19 @@ def spectrum(s_K: Any, residual_K: Any) -> Any:
         axes.set_yscale("log")
     axes.legend()
     return figure
+
+
+def tell_if_not_pictured(cfg: RunConfig, rank: int, say: Callable[..., None]) -> None:
+    """Say why there will be no figure of `embedding`, if there are too few dimensions."""
+    if cfg.figures and rank < LEAST_PICTURED:
+        say(f"no figure of the embedding: it shows dimensions 2 and 3, and there are {rank}")
+
+
+def embedding(left_NK: Any, colour_N: Any, order_N: Any, **style: Any) -> tuple[Any, Any]:
+    """(figure, points) of the nodes in dimensions 2 and 3, the last of the order on top.
+
+    The first dimension mostly tells how many neighbours a node has.
+    """
+    figure, axes = new_axes("Left embedding of the nodes", "dimension 2", "dimension 3")
+    size = 6 if len(left_NK) > 500 else 18
+    return figure, axes.scatter(*left_NK[order_N, 1:3].T, c=colour_N[order_N], s=size, **style)

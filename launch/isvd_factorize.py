@@ -1,7 +1,9 @@
 """The leading singular values and vectors of a matrix in a file.
 
 --matrix is a dense matrix (.npy), a sparse one of scipy (.npz), or an edge list (.txt, .csv, ...),
-whose adjacency matrix is factored. Factors go to factors.npz (u, s, v, residual), in float32.
+whose adjacency matrix is factored: an edge that is listed again, or without --directed in reverse,
+is left out; a loop counts twice, with --directed once. Factors go to factors.npz (u, s, v,
+residual), in float32.
 stdout ends with one line of JSON; its `residual` is the largest, relative to the largest value.
 Status 1 if the tolerance was not reached: the factors are written all the same.
 """
@@ -10,7 +12,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -61,13 +63,19 @@ class FactorizeConfig(program.SpreadConfig):
                 )
 
 
+class _Problem(NamedTuple):
+    matrix: Any  # float32 or complex64
+    names: np.ndarray | None = None  # of its rows, if an edge list has them
+    told: str = ""  # of what is odd about an edge list
+
+
 def _inputs(cfg: FactorizeConfig) -> list[Path]:
     return [Path(cfg.matrix)]
 
 
-def _prepare(cfg: FactorizeConfig, say: Callable[..., None]) -> tuple[Any, np.ndarray | None]:
-    """The matrix, float32 or complex64, and the names of its rows if an edge list has them."""
-    matrix, names = _read(cfg)
+def _prepare(cfg: FactorizeConfig, say: Callable[..., None]) -> _Problem:
+    problem = _read(cfg)
+    matrix = problem.matrix
     with np.errstate(over="ignore"):  # found below
         matrix = matrix.astype(np.complex64 if matrix.dtype.kind == "c" else np.float32)
     values = matrix.data if scipy.sparse.issparse(matrix) else matrix
@@ -81,18 +89,20 @@ def _prepare(cfg: FactorizeConfig, say: Callable[..., None]) -> tuple[Any, np.nd
             f"--rank={cfg.rank}: expected 1 to {min(matrix.shape)}, since the matrix has shape "
             f"{matrix.shape}"
         )
-    return matrix, names
+    return problem._replace(matrix=matrix)
 
 
-def _read(cfg: FactorizeConfig) -> tuple[Any, np.ndarray | None]:
+def _read(cfg: FactorizeConfig) -> _Problem:
     from isvd import readers
 
     suffix = Path(cfg.matrix).suffix
     if suffix not in (".npy", ".npz"):
         options = {name: getattr(cfg, name) for name in ("directed", "ignore_extra", "header")}
         graph = isvd_common.read_edges("matrix", cfg.matrix, **options)
-        edges_E2, size = graph.edges_E2, graph.num_nodes
-        return readers.adjacency(edges_E2, size, directed=cfg.directed), graph.names
+        matrix = readers.adjacency(graph.edges_E2, graph.num_nodes, directed=cfg.directed)
+        loops = "loops" if cfg.directed else "loops, which count twice"
+        odd = (("rows that repeat an edge, left out", graph.num_repeated), (loops, graph.num_loops))
+        return _Problem(matrix, graph.names, isvd_common.counted(*odd))
     try:
         matrix = _read_dense(cfg.matrix) if suffix == ".npy" else _read_sparse(cfg.matrix)
     except Exception as error:  # damaged files raise errors of many types
@@ -102,7 +112,7 @@ def _read(cfg: FactorizeConfig) -> tuple[Any, np.ndarray | None]:
             f"--matrix={cfg.matrix}: has shape {matrix.shape} and dtype {matrix.dtype}, expected "
             "numbers (rows, columns), not empty"
         )
-    return matrix, None
+    return _Problem(matrix)
 
 
 def _read_dense(path: str) -> np.ndarray:
@@ -122,18 +132,19 @@ def _read_sparse(path: str) -> scipy.sparse.csr_array:
 
 
 def _work(
-    cfg: FactorizeConfig, problem: tuple[Any, np.ndarray | None], folder: Any, say: Any
+    cfg: FactorizeConfig, problem: _Problem, folder: Any, say: Callable[..., None]
 ) -> tuple[dict[str, Any], program.Arrays]:
     import jax
 
     import isvd
 
-    matrix, names = problem
+    matrix, names, told = problem
     is_sparse = scipy.sparse.issparse(matrix)
     make, devices = isvd_common.spread(cfg)
     op = (make or (isvd.sparse if is_sparse else isvd.dense))(matrix)
     kind = f"sparse with {matrix.nnz} entries" if is_sparse else "dense"
-    say(f"{cfg.matrix}: {matrix.shape[0]} x {matrix.shape[1]}, {kind}; compiling, then factoring")
+    say(f"{cfg.matrix}: {matrix.shape[0]} x {matrix.shape[1]}, {kind}{told}")
+    say("compiling, then factoring")
     options = {"method": cfg.method, "tol": cfg.tol, "max_products": cfg.max_products}
     key = program.key_for(cfg, 1)
     report, passes = isvd_common.pass_reporter(say)
@@ -192,10 +203,6 @@ def _status(cfg: FactorizeConfig, result: dict[str, Any]) -> int:
 
 
 _PROGRAM = program.Program(PROGRAM, _inputs, _prepare, _work, _draw, _status)
-
-
-def main(cfg: FactorizeConfig) -> int:
-    return program.main(_PROGRAM, cfg)
 
 
 def cli() -> None:

@@ -1,10 +1,18 @@
-"""Predict missing edges of a graph from the truncated SVD of its walk matrix.
+"""Predict missing edges of a graph from the truncated SVD of its walk matrix
+
+    M = [sum_q c_q P^q] E - negative_weight * (1 1^T - A),   q = 1 ... window,
+
+of the adjacency matrix A with degrees D, where c_q falls linearly from walks of one step to the
+longest. --normalization says what a step P is, --degree_factor whether E is there.
 
 --graph is a folder with a split (train.txt.npy, test.txt.npy, test.neg.txt.npy), or an edge list,
 of which a part is then held out for the test with as many pairs that are no edges. The graph is
-undirected. Files: embeddings.npz (left and right embedding of every node, names if the edge list
-has names), scores.npz (test pairs and their scores). stdout ends with one line of JSON. Status 1 if
-the tolerance was not reached: the files are written all the same.
+undirected. Loops and repeated edges of an edge list are left out. A split is taken as it is: in its
+train file a loop counts twice, and an edge as often as it is listed.
+
+Files: embeddings.npz (left and right embedding of every node, names if the edge list has names),
+scores.npz (test pairs and their scores). stdout ends with one line of JSON. Status 1 if the
+tolerance was not reached: the files are written all the same.
 """
 
 import dataclasses
@@ -12,7 +20,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,7 +35,6 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 _SPLIT_FILES = ("train.txt.npy", "test.txt.npy", "test.neg.txt.npy")
 _FRACTION = 0.15  # of an edge list that is held out unless told
-_LEAST_PICTURED = 3  # dimensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +49,13 @@ class LinkConfig(program.SpreadConfig):
     rank: str = field(
         "32", "dimensions of an embedding, or auto: chosen on held-out train edges", group="Model"
     )
-    window: int = field(10, "longest walk", unit="steps", min=1)
+    window: int = field(10, "longest walk", unit="steps", min=1, max=10**6)
+    normalization: Literal["symmetric", "rows"] = field(
+        "symmetric", "a step is P = D^-1/2 A D^-1/2, or D^-1 A, of which each row sums to one"
+    )
+    degree_factor: bool = field(
+        True, "multiply walks by E = D^1/2 (of symmetric steps) or D (of rows); no: E = I"
+    )
     negative_weight: float = field(
         0.02,
         "weight of pairs that are no edges",
@@ -52,7 +65,7 @@ class LinkConfig(program.SpreadConfig):
     tol: float | None = field(
         None, "residual to reach, relative to the largest value; none: 2.4e-5"
     )
-    seeds: int = field(1, "random starts, whose mean and deviation are reported", min=1)
+    seeds: int = field(1, "random starts, whose mean and deviation are reported", min=1, max=10**6)
     leaky_rank_choice: bool = field(
         False, "with --rank=auto: the reference's rule, which sees half of each held-out edge"
     )
@@ -74,7 +87,13 @@ class LinkConfig(program.SpreadConfig):
 
     @property
     def design(self) -> dict[str, Any]:
-        return {"window": self.window, "negative_weight": self.negative_weight}
+        """Of `isvd.design.link_operator`."""
+        return {
+            "window": self.window,
+            "negative_weight": self.negative_weight,
+            "symmetric": self.normalization == "symmetric",
+            "degree_factor": self.degree_factor,
+        }
 
 
 class _Problem(NamedTuple):
@@ -90,9 +109,9 @@ def _inputs(cfg: LinkConfig) -> list[Path]:
 
 
 def _prepare(cfg: LinkConfig, say: Callable[..., None]) -> _Problem:
-    split, names = _read(cfg)
-    num_test, num_nodes = len(split.test_E2), split.num_nodes
-    say(f"{cfg.graph}: {num_nodes} nodes, {len(split.train_E2)} edges to learn, {num_test} to test")
+    split, names, told = _read(cfg)
+    num_train, num_test, num_nodes = len(split.train_E2), len(split.test_E2), split.num_nodes
+    say(f"{cfg.graph}: {num_nodes} nodes, {num_train} edges to learn, {num_test} to test{told}")
     if cfg.rank == "auto":
         choice = _choose_rank(cfg, split, say)
         return _Problem(split, names, choice.rank, choice)
@@ -103,7 +122,8 @@ def _prepare(cfg: LinkConfig, say: Callable[..., None]) -> _Problem:
     return _Problem(split, names, int(cfg.rank), None)
 
 
-def _read(cfg: LinkConfig) -> tuple[Any, np.ndarray | None]:
+def _read(cfg: LinkConfig) -> tuple[Any, np.ndarray | None, str]:
+    """The split, the names of nodes if there are any, and what is odd about the edges."""
     from isvd import readers
 
     if not Path(cfg.graph).is_dir():
@@ -118,7 +138,9 @@ def _read(cfg: LinkConfig) -> tuple[Any, np.ndarray | None]:
             raise UsageError(
                 f"--graph={cfg.graph} --test_fraction={fraction:g}: {error}"
             ) from error
-        return split, graph.names
+        repeated = ("rows that repeat an edge, left out", graph.num_repeated)
+        loops = ("loops, left out", graph.num_loops)
+        return split, graph.names, isvd_common.counted(repeated, loops)
     for name, default in (("test_fraction", None), ("ignore_extra", False), ("header", None)):
         if getattr(cfg, name) != default:
             raise UsageError(
@@ -126,10 +148,14 @@ def _read(cfg: LinkConfig) -> tuple[Any, np.ndarray | None]:
                 f"--graph={cfg.graph} is a folder, which has its own split"
             )
     try:
-        return readers.read_asymproj(cfg.graph), None
+        split = readers.read_asymproj(cfg.graph)
     except (OSError, ValueError) as error:
         wanted = f"a folder with {', '.join(_SPLIT_FILES)}"
         raise isvd_common.refusal("graph", cfg.graph, error, wanted) from error
+    train_E2 = np.sort(split.train_E2, axis=1)
+    num_repeated = len(train_E2) - len(np.unique(train_E2, axis=0))
+    loops = ("loops to learn, which count twice", int((train_E2[:, 0] == train_E2[:, 1]).sum()))
+    return split, None, isvd_common.counted(("repeated edges, added up", num_repeated), loops)
 
 
 def _choose_rank(cfg: LinkConfig, split: Any, say: Callable[..., None]) -> Any:
@@ -156,7 +182,7 @@ def _work(
     cfg: LinkConfig, problem: _Problem, folder: Any, say: Callable[..., None]
 ) -> tuple[dict[str, Any], program.Arrays]:
     import isvd
-    from isvd import design, linkpred, readers
+    from isvd import design, linkpred, metrics, readers
 
     split, rank = problem.split, problem.rank
     graph = readers.adjacency(split.train_E2, split.num_nodes)
@@ -177,7 +203,7 @@ def _work(
             for pairs in (split.test_E2, split.test_negative_E2)
         )
         row = {
-            "auc": linkpred.roc_auc(positive_P, negative_Q),
+            "auc": metrics.roc_auc(positive_P, negative_Q),
             "residual": isvd_common.relative_residual(factors),
             "products": int(factors.products),
             "seconds_factorize": seconds,
@@ -191,8 +217,7 @@ def _work(
             f"{row['products']} products in {seconds:.2f} s"
         )
     assert kept is not None  # seeds is at least 1
-    if cfg.figures and rank < _LEAST_PICTURED:
-        say(f"no figure of the embedding: it shows dimensions 2 and 3, and there are {rank}")
+    isvd_common.tell_if_not_pictured(cfg, rank, say)
     result = _result(cfg, problem, rows, compile_seconds, say)
     return {**result, "devices": devices}, _arrays(problem, *kept)
 
@@ -233,11 +258,7 @@ def _arrays(
     problem: _Problem, factors: Any, positive_P: np.ndarray, negative_Q: np.ndarray
 ) -> program.Arrays:
     """Those of the first random start."""
-    from isvd import linkpred
-
-    left_NK, right_NK = map(np.asarray, linkpred.embeddings(factors))
-    embeddings = {"left": left_NK, "right": right_NK, "singular_values": np.asarray(factors.s_K)}
-    embeddings["residual"] = np.asarray(factors.residual_K)
+    embeddings = isvd_common.embedding_arrays(factors)
     if problem.names is not None:
         embeddings["names"] = problem.names
     scores = {"test": problem.split.test_E2, "test_negative": problem.split.test_negative_E2}
@@ -255,13 +276,13 @@ def _draw(arrays: program.Arrays) -> dict[str, Any]:
         "roc": _roc(scores["test_score"], scores["test_negative_score"]),
         "spectrum": isvd_common.spectrum(embeddings["singular_values"], embeddings["residual"]),
     }
-    if embeddings["left"].shape[1] >= _LEAST_PICTURED:
-        figures["embedding"] = _picture(embeddings["left"], scores["train"])
+    if embeddings["left"].shape[1] >= isvd_common.LEAST_PICTURED:
+        figures["embedding"] = _embedding(embeddings["left"], scores["train"])
     return figures
 
 
 def _roc(positive_P: np.ndarray, negative_Q: np.ndarray) -> Any:
-    from isvd import linkpred
+    from isvd import metrics
 
     # One point for each distinct score, so that ties are crossed in a straight line.
     bar_T = np.append(np.unique(np.concatenate([positive_P, negative_Q])), np.inf)
@@ -269,7 +290,7 @@ def _roc(positive_P: np.ndarray, negative_Q: np.ndarray) -> Any:
         1 - np.searchsorted(np.sort(score_P), bar_T) / len(score_P)
         for score_P in (positive_P, negative_Q)
     )
-    auc = linkpred.roc_auc(positive_P, negative_Q)
+    auc = metrics.roc_auc(positive_P, negative_Q)
     figure, axes = program.new_axes(
         f"Test pairs, AUC {auc:.4f}", "share of absent pairs taken", "share of edges found"
     )
@@ -280,15 +301,10 @@ def _roc(positive_P: np.ndarray, negative_Q: np.ndarray) -> Any:
     return figure
 
 
-def _picture(left_NK: np.ndarray, train_E2: np.ndarray) -> Any:
-    """Nodes in dimensions 2 and 3; the first mostly tells how many neighbours a node has."""
-    num_nodes = len(left_NK)
-    degree_N = np.bincount(train_E2.ravel(), minlength=num_nodes)
-    figure, axes = program.new_axes("Left embedding of the nodes", "dimension 2", "dimension 3")
+def _embedding(left_NK: np.ndarray, train_E2: np.ndarray) -> Any:
+    degree_N = np.bincount(train_E2.ravel(), minlength=len(left_NK))
     order_N = np.argsort(degree_N, kind="stable")  # the best connected on top
-    points = axes.scatter(
-        *left_NK[order_N, 1:3].T, c=np.log10(1 + degree_N[order_N]), s=6 if num_nodes > 500 else 18
-    )
+    figure, points = isvd_common.embedding(left_NK, np.log10(1 + degree_N), order_N)
     figure.colorbar(points, label="log10(1 + neighbours)")
     return figure
 
@@ -310,10 +326,6 @@ def _status(cfg: LinkConfig, result: dict[str, Any]) -> int:
 
 
 _PROGRAM = program.Program(PROGRAM, _inputs, _prepare, _work, _draw, _status)
-
-
-def main(cfg: LinkConfig) -> int:
-    return program.main(_PROGRAM, cfg)
 
 
 def cli() -> None:

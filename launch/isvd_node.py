@@ -2,14 +2,15 @@
 
 --dataset is a folder with the files ind.NAME.{x,y,tx,ty,allx,ally,graph,test.index} of Planetoid.
 Validation nodes choose rank and ridge; test nodes are looked at once. --deepen also fits a smaller
-design and fine-tunes it as a split-ReLU network. Files: predictions.npz. stdout ends with one line
-of JSON; with several seeds its accuracies are means.
+design and fine-tunes it as a split-ReLU network. Files: predictions.npz, embeddings.npz (left and
+right embedding of every node, of the first seed). stdout ends with one line of JSON; with several
+seeds its accuracies are means.
 """
 
 import collections
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 _RANKS = (50, 75, 100, 140)  # tried by default, as far as there are so many
 _PARTS = ("x", "y", "tx", "ty", "allx", "ally", "graph", "test.index")
-_DROP_RATE = 0.5
+_DROPOUT = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +40,27 @@ class NodeConfig(program.RunConfig):
     pca_rank: int | None = field(
         1000, "principal components of the features, as far as there are so many; none: all", min=1
     )
-    num_hops: int = field(15, "propagation steps", unit="steps", min=0)
+    num_hops: int = field(15, "propagation steps", unit="steps", min=0, max=1000)
     rank: tuple[int, ...] | None = field(
         None, "triplets of the fit to try; none: 50,75,100,140 as far as there are so many", min=1
     )
     ridge: tuple[float, ...] = field(
-        (0.0, 1e-3, 1e-2), "ridges to try, relative to the largest value squared", min=0
+        (0.0, 1e-3, 1e-2),
+        "ridges to try, relative to the largest value squared",
+        min=0,
+        max=1e6,  # from here on weights only shrink, until float32 has none left
     )
-    dropout_copies: int = field(8, "draws of dropout that are averaged; 0: no dropout", min=0)
-    seeds: int = field(1, "repetitions, whose mean and deviation are reported", min=1)
+    dropout_copies: int = field(
+        8, "draws of dropout that are averaged; 0: no dropout", min=0, max=10**4
+    )
+    seeds: int = field(1, "repetitions, whose mean and deviation are reported", min=1, max=10**6)
+    report_passes: bool = field(
+        False, "tell the residual after each pass; such programs are compiled at every start"
+    )
 
     deepen: bool = field(False, "also fine-tune a smaller design", group="Deepening")
-    deepen_steps: int = field(100, "updates", unit="steps", min=1)
-    deepen_hops: int = field(5, "its propagation steps, which are its layers", min=0)
+    deepen_steps: int = field(100, "updates", unit="steps", min=1, max=10**6)
+    deepen_hops: int = field(5, "its propagation steps, which are its layers", min=0, max=1000)
     deepen_pca_rank: int = field(64, "its principal components", min=1)
     deepen_embedding_rank: int = field(16, "dimensions of each side of its embedding", min=1)
     deepen_lr: float = field(1e-3, "learning rate", min=0)
@@ -78,6 +87,7 @@ class _Start(NamedTuple):
     """What one seed gives."""
 
     fit: Any  # isvd.nodeclass.Fit
+    walks: Any  # isvd.SVD, of which the embedding is made
     row: dict[str, Any]
     deep_scores_NC: np.ndarray | None
 
@@ -106,7 +116,7 @@ def _prepare(cfg: NodeConfig, say: Callable[..., None]) -> _Problem:
             raise UsageError(
                 f"--{name}={getattr(cfg, name)}: expected 1 to {num_nodes}, the nodes of the graph"
             )
-    limit = _most(data, cfg, cfg.pca_rank, cfg.embedding_rank, cfg.num_hops)
+    limit = _largest_rank(data, cfg, cfg.pca_rank, cfg.embedding_rank, cfg.num_hops)
     if cfg.rank is not None and max(cfg.rank) > limit:
         raise UsageError(
             f"--rank={','.join(map(str, cfg.rank))}: expected numbers from 1 to {limit}, the rows "
@@ -118,13 +128,16 @@ def _prepare(cfg: NodeConfig, say: Callable[..., None]) -> _Problem:
         f"classes; {len(data.train_I)} nodes to train, {len(data.validation_I)} to validate, "
         f"{len(data.test_I)} to test; compiling first"
     )
-    deep = _most(data, cfg, cfg.deepen_pca_rank, cfg.deepen_embedding_rank, cfg.deepen_hops)
+    sizes = (cfg.deepen_pca_rank, cfg.deepen_embedding_rank, cfg.deepen_hops)
+    limits = (limit, _largest_rank(data, cfg, *sizes))
     ranks = cfg.rank or _RANKS
     # Cut here as `isvd.nodeclass.fit` cuts, so that its table's rows are known.
-    return _Problem(data, *(tuple(sorted({min(k, most) for k in ranks})) for most in (limit, deep)))
+    return _Problem(data, *(tuple(sorted({min(k, most) for k in ranks})) for most in limits))
 
 
-def _most(data: Any, cfg: NodeConfig, pca_rank: int | None, embedding: int, hops: int) -> int:
+def _largest_rank(
+    data: Any, cfg: NodeConfig, pca_rank: int | None, embedding: int, hops: int
+) -> int:
     """The largest rank of a fit: the rows (with dropped copies) or the columns that it has."""
     num_nodes, num_features = data.features.shape
     width = num_features + 2 * embedding
@@ -137,8 +150,10 @@ def _work(
     cfg: NodeConfig, problem: _Problem, folder: Any, say: Callable[..., None]
 ) -> tuple[dict[str, Any], program.Arrays]:
     starts = []
+    # One function for all seeds: it is part of the compiled programs.
+    report_pass = isvd_common.pass_reporter(say)[0] if cfg.report_passes else None
     for number in range(cfg.seeds):
-        start = _one(cfg, problem, program.key_for(cfg, 1 + number), say)
+        start = _run_seed(cfg, problem, program.key_for(cfg, 1 + number), say, report_pass)
         starts.append(start)
         row = start.row
         folder.scalars(number, row)
@@ -154,18 +169,29 @@ def _work(
                 f"of {cfg.deepen_steps} steps)"
             )
         say("  ".join([*words, f"{row['seconds_fit']:.1f} s"]))
+    isvd_common.tell_if_not_pictured(cfg, cfg.embedding_rank, say)
     return _result(cfg, [start.row for start in starts], say), _arrays(cfg, problem, starts)
 
 
-def _one(cfg: NodeConfig, problem: _Problem, key: Any, say: Callable[..., None]) -> _Start:
+def _run_seed(
+    cfg: NodeConfig,
+    problem: _Problem,
+    key: Any,
+    say: Callable[..., None],
+    report_pass: Callable[[Any, Any], None] | None,
+) -> _Start:
     import jax
 
-    from isvd import nodeclass
+    from isvd import metrics, nodeclass
 
-    # Not `isvd.svd`'s own report: a program that calls the host is not kept for the next start.
-    def report(what: str, products: int, residual: float) -> None:
-        say(f"{what}: {products} products, residual {residual:.1e} of the largest value")
+    kept = {}
 
+    def report(what: str, factors: Any) -> None:
+        kept.setdefault(what, factors)  # the smaller design comes later
+        residual = isvd_common.relative_residual(factors)
+        say(f"{what}: {factors.products.sum()} products, residual {residual:.1e} of the largest")
+
+    told = {"report": report, "report_pass": report_pass}
     began, data = time.monotonic(), problem.data
     fit = nodeclass.classify(
         data.adjacency,
@@ -180,25 +206,25 @@ def _one(cfg: NodeConfig, problem: _Problem, key: Any, say: Callable[..., None])
         ranks=problem.ranks,
         ridges=cfg.ridge,
         draws=cfg.dropout_copies,
-        rate=_DROP_RATE,
-        report=report,
+        dropout=_DROPOUT,
+        **told,
     )
     row: dict[str, Any] = {
         "validation_accuracy": float(np.nanmax(fit.accuracy_RP)),
-        "test_accuracy": nodeclass.accuracy(fit.scores_NC, data.labels_N, data.test_I),
+        "test_accuracy": metrics.accuracy(fit.scores_NC, data.labels_N, data.test_I),
         "rank": fit.rank,
         "ridge": fit.ridge,
     }
     deep_scores_NC = None
     if cfg.deepen:
-        more, deep_scores_NC = _deepened(cfg, problem, jax.random.fold_in(key, 1), report)
+        more, deep_scores_NC = _deepened(cfg, problem, jax.random.fold_in(key, 1), told)
         row |= more
     row["seconds_fit"] = time.monotonic() - began
-    return _Start(fit, row, deep_scores_NC)
+    return _Start(fit, kept["walks"], row, deep_scores_NC)
 
 
 def _deepened(
-    cfg: NodeConfig, problem: _Problem, key: Any, report: Callable[[str, int, float], None]
+    cfg: NodeConfig, problem: _Problem, key: Any, told: dict[str, Any]
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Fit a smaller design, whose layers are small enough to train, and fine-tune it.
 
@@ -208,17 +234,17 @@ def _deepened(
     import jax.numpy as jnp
 
     import isvd
-    from isvd import deepen, design, nodeclass
+    from isvd import deepen, design, metrics, node_features, nodeclass
 
     data = problem.data
     key_features, key_fit, key_tune = jax.random.split(key, 3)
-    z = nodeclass.planetoid_features(
+    z = node_features.planetoid_features(
         data.adjacency,
         data.features,
         key_features,
         embedding_rank=cfg.deepen_embedding_rank,
         pca_rank=cfg.deepen_pca_rank,
-        report=report,
+        **told,
     )
     step = isvd.sparse(design.normalized_adjacency(data.adjacency), z.dtype, layout="csr")
     nodes = (data.labels_N, data.train_I, data.validation_I)
@@ -229,8 +255,8 @@ def _deepened(
         ranks=problem.deep_ranks,
         ridges=cfg.ridge,
         draws=cfg.dropout_copies,
-        rate=_DROP_RATE,
-        report=report,
+        dropout=_DROPOUT,
+        **told,
     )
     start = deepen.init(fit.weights_DC.reshape(cfg.deepen_hops + 1, z.shape[1], -1))
     x_NF = z.matmat(jnp.eye(z.shape[1], dtype=z.dtype))
@@ -240,11 +266,11 @@ def _deepened(
     scores_NC = np.asarray(deepen.apply(tuned.params, step, x_NF))
     row = {
         "shallow_validation_accuracy": float(np.nanmax(fit.accuracy_RP)),
-        "shallow_test_accuracy": nodeclass.accuracy(fit.scores_NC, data.labels_N, data.test_I),
-        "deepened_validation_accuracy": nodeclass.accuracy(
+        "shallow_test_accuracy": metrics.accuracy(fit.scores_NC, data.labels_N, data.test_I),
+        "deepened_validation_accuracy": metrics.accuracy(
             scores_NC, data.labels_N, data.validation_I
         ),
-        "deepened_test_accuracy": nodeclass.accuracy(scores_NC, data.labels_N, data.test_I),
+        "deepened_test_accuracy": metrics.accuracy(scores_NC, data.labels_N, data.test_I),
         "deepened_best_step": int(tuned.best_step),
     }
     return row, scores_NC
@@ -298,12 +324,28 @@ def _arrays(cfg: NodeConfig, problem: _Problem, starts: list[_Start]) -> program
     deep = [s.deep_scores_NC for s in starts if s.deep_scores_NC is not None]
     if deep:
         arrays["deepened_predicted"] = np.stack([scores_NC.argmax(1) for scores_NC in deep])
-    return {"predictions": arrays}
+    return {
+        "predictions": arrays,
+        "embeddings": isvd_common.embedding_arrays(starts[0].walks),
+    }
+
+
+# Figures -----------------------------------------------------------------------------------------
 
 
 def _draw(arrays: program.Arrays) -> dict[str, Any]:
+    embeddings, predictions = arrays["embeddings"], arrays["predictions"]
+    figures = {
+        "validation": _validation(predictions),
+        "spectrum": isvd_common.spectrum(embeddings["singular_values"], embeddings["residual"]),
+    }
+    if embeddings["left"].shape[1] >= isvd_common.LEAST_PICTURED:
+        figures["embedding"] = _embedding(embeddings["left"], predictions["labels"])
+    return figures
+
+
+def _validation(table: Mapping[str, Any]) -> Any:
     """Validation accuracy by rank, a line for each ridge, the mean over seeds."""
-    table = arrays["predictions"]
     accuracy_RP = table["validation_accuracy"].mean(axis=0)
     figure, axes = program.new_axes(
         "What the validation nodes say of rank and ridge", "rank", "validation accuracy"
@@ -312,14 +354,18 @@ def _draw(arrays: program.Arrays) -> dict[str, Any]:
         axes.plot(table["ranks"], accuracy_R, "o-", label=f"ridge {ridge:g}")
     axes.set_xticks(table["ranks"])
     axes.legend()
-    return {"validation": figure}
+    return figure
 
 
-_PROGRAM = program.Program(PROGRAM, _inputs, _prepare, _work, _draw)
+def _embedding(left_NK: np.ndarray, labels_N: np.ndarray) -> Any:
+    order_N = np.argsort(labels_N >= 0, kind="stable")  # those without a label below
+    style = {"cmap": "tab10", "vmin": -1, "vmax": 8}  # ten colours, of which -1 has the first
+    figure, points = isvd_common.embedding(left_NK, labels_N, order_N, **style)
+    figure.axes[0].legend(*points.legend_elements(num=None), title="label")
+    return figure
 
 
-def main(cfg: NodeConfig) -> int:
-    return program.main(_PROGRAM, cfg)
+_PROGRAM = program.Program(PROGRAM, _inputs, _prepare, _work, _draw, free=("report_passes",))
 
 
 def cli() -> None:

@@ -1,15 +1,13 @@
-"""Settings of a modgrok run: flags, presets, and what they build.
+"""Settings of a modgrok run: flags and presets. `modgrok_setup` has what they build.
 
 Importing this needs no jax, so that --help and a wrong flag answer at once.
 """
 
 import dataclasses
-import functools
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from launch import UsageError
 from launch.flags import field
@@ -303,81 +301,10 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 
-def prepare_data(cfg: TrainConfig) -> tuple[Any, Any]:
-    """Tasks and inputs; UsageError if they cannot be had."""
-    import jax
-
-    import modgrok
-
-    rectangles = cfg.num_tasks // 4 if cfg.task_rule == "rectangular" else 0
-    count = {"num_rectangles": rectangles, "num_random": cfg.num_tasks - 4 * rectangles}
-    try:
-        if cfg.reference_sampling:
-            tasks = modgrok.reference_tasks(
-                cfg.seed, modulus=cfg.p, num_unseen=cfg.num_unseen, **count
-            )
-            inputs = modgrok.reference_inputs(modulus=cfg.p, fraction=cfg.input_fraction)
-        else:
-            keys = jax.random.split(key_for(cfg, 0), 2)
-            exists = cfg.p**2 - cfg.exclude_zero - cfg.num_tasks
-            tasks = modgrok.sample_tasks(
-                keys[0],
-                modulus=cfg.p,
-                num_unseen=min(cfg.num_unseen, exists),
-                exclude_zero=cfg.exclude_zero,
-                **count,
-            )
-            inputs = modgrok.split_inputs(keys[1], modulus=cfg.p, fraction=cfg.input_fraction)
-    except ValueError as error:
-        raise UsageError(
-            f"--p={cfg.p} --num_tasks={cfg.num_tasks} --task_rule={cfg.task_rule} "
-            f"--input_fraction={cfg.input_fraction:g}: {error}"
-        ) from error
-    return tasks, inputs
-
-
-def key_for(cfg: TrainConfig, purpose: int) -> Any:
-    """0 data, 1 parameters, 2 batches, 3 tests on the way, 4 the last test, 5 task groups."""
-    import jax
-
-    return jax.random.fold_in(jax.random.key(cfg.seed), purpose)
-
-
 def group_file(cfg: TrainConfig) -> Path | None:
     """The JSON file of task groups, if they are not by a rule."""
     named = cfg.latent_depth and cfg.task_groups not in ("none", "ratio", "rectangle", "random")
     return Path(cfg.task_groups) if named else None
-
-
-def task_groups(
-    cfg: TrainConfig, tasks: Any, *, workdir: str | os.PathLike[str] | None = None
-) -> Any:
-    """group_W of the trained tasks, None if all are one group; UsageError if they are no groups.
-
-    In place of a file counts the copy that the run in `workdir` has of it.
-    """
-    from modgrok import task_groups as groups
-
-    if not cfg.latent_depth or cfg.task_groups == "none":
-        return None
-    flag = f"--task_groups={cfg.task_groups}"
-    if cfg.task_groups == "ratio":
-        return groups.by_ratio(tasks.train_W2, cfg.p)
-    try:
-        if cfg.task_groups == "rectangle":
-            return groups.by_rectangle(len(tasks.train_W2))
-        if cfg.task_groups == "random":
-            return groups.at_random(key_for(cfg, 5), cfg.num_tasks, cfg.gate_groups)
-        path = group_file(cfg)
-        if workdir is not None and (Path(workdir) / GROUPS).exists():
-            path = Path(workdir) / GROUPS
-        return groups.given(json.loads(path.read_text()), tasks.train_W2)
-    except OSError as error:
-        raise UsageError(
-            f"{flag}: {error.strerror}; expected none, ratio, rectangle, random, or a JSON file"
-        ) from error
-    except ValueError as error:
-        raise UsageError(f"{flag}: {error}") from error
 
 
 def check_groups(cfg: TrainConfig, workdir: str | os.PathLike[str]) -> None:
@@ -394,73 +321,3 @@ def check_groups(cfg: TrainConfig, workdir: str | os.PathLike[str]) -> None:
             f"--task_groups={path}: is not what the run in {workdir} was begun with; expected the "
             f"groups of {own}, or another --workdir"
         )
-
-
-def make_latent(cfg: TrainConfig, group_W: Any) -> Any:
-    """The `modgrok.LatentConfig` of a run, None without gates."""
-    import modgrok
-
-    if not cfg.latent_depth:
-        return None
-    return modgrok.LatentConfig(
-        groups=1 if group_W is None else int(max(group_W)) + 1,
-        target_depth=cfg.target_depth,
-        prior=cfg.gate_prior,
-        beta=tuple(cfg.gate_beta),
-        kl_weight=cfg.gate_kl_weight,
-        depth_weight=cfg.gate_depth_weight,
-        share_weight=cfg.gate_share_weight,
-        entropy_weight=cfg.gate_entropy_weight,
-        soft_steps=cfg.gate_soft_steps,
-        anneal_steps=cfg.gate_anneal_steps,
-        tau=cfg.gate_tau,
-        init=cfg.gate_init,
-        lr=cfg.gate_lr,
-        loop=cfg.gate_loop,
-    )
-
-
-def make_model(cfg: TrainConfig, latent: Any = None) -> tuple[Any, Any]:
-    """The decoder's `modgrok.Config`, and the optimiser."""
-    import modgrok
-
-    model = modgrok.Config(
-        vocab=cfg.p + cfg.extra_tokens,
-        width=cfg.width,
-        heads=cfg.heads,
-        layers=cfg.layers,
-        mlp_ratio=cfg.mlp_ratio,
-        norm=cfg.norm,
-        dtype=cfg.dtype,
-        remat=cfg.remat,
-    )
-    optimizer = modgrok.OptimizerConfig(
-        name=cfg.optimizer,
-        lr=cfg.lr,
-        weight_decay=cfg.weight_decay,
-        embedding_lr=cfg.embedding_lr,
-        embedding_decay=cfg.embedding_decay,
-        warmup_steps=cfg.warmup_steps,
-        schedule_steps=cfg.schedule_steps,
-    )
-    return model, modgrok.make_optimizer(optimizer, latent=latent)
-
-
-def state_maker(cfg: TrainConfig, model: Any, tx: Any, latent: Any = None) -> Callable[..., Any]:
-    """make(key of parameters, key of batches) -> the state of a run, which is what is saved.
-
-    The key of the batches is part of it: a resumed run draws with the stored one.
-    """
-    import jax
-
-    import modgrok
-
-    init = functools.partial(modgrok.init_state, cfg=model, tx=tx, ema=cfg.ema > 0, latent=latent)
-    return jax.jit(lambda key, batches: (init(key), batches))
-
-
-def abstract_state(cfg: TrainConfig, model: Any, tx: Any, latent: Any = None) -> Any:
-    """Shapes and dtypes of that state."""
-    import jax
-
-    return jax.eval_shape(state_maker(cfg, model, tx, latent), key_for(cfg, 1), key_for(cfg, 2))

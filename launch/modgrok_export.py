@@ -72,18 +72,18 @@ def _mask(output: str | Path) -> Path:
     return Path(output).with_name(f"{Path(output).stem}.mask.npz")
 
 
-def run_settings(workdir: str) -> modgrok_config.TrainConfig:
-    """The settings that the run in `workdir` was made with."""
+def run_settings(workdir: str, *, flag: str = "--workdir") -> modgrok_config.TrainConfig:
+    """The settings that the run in `workdir`, named by `flag`, was made with."""
     try:
         stored = json.loads((Path(workdir) / rundir.CONFIG).read_text())
         program = stored.pop("program")
         if program != modgrok_config.PROGRAM:
-            raise UsageError(f"--workdir={workdir}: belongs to {program}, expected a training run")
+            raise UsageError(f"{flag}={workdir}: belongs to {program}, expected a training run")
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         return modgrok_config.TrainConfig(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"--workdir={workdir}: its {rundir.CONFIG} is not one of this version ({error})"
+            f"{flag}={workdir}: its {rundir.CONFIG} is not one of this version ({error})"
         ) from error
 
 
@@ -103,33 +103,19 @@ def _select(cfg: ExportConfig, run: modgrok_config.TrainConfig) -> _Selected:
     """The chosen checkpoint, pruned to what its gates select; UsageError if it cannot be."""
     import numpy as np
 
-    from launch.checkpoints import Checkpoints
+    from launch import modgrok_setup
     from modgrok import latent_depth
 
-    group_W = None
-    if run.latent_depth:
-        group_W = modgrok_config.task_groups(
-            run, modgrok_config.prepare_data(run)[0], workdir=cfg.workdir
-        )
-    latent = modgrok_config.make_latent(run, group_W)
-    model, tx = modgrok_config.make_model(run, latent)
-    with Checkpoints(os.path.join(cfg.workdir, "checkpoints")) as checkpoints:
-        like = modgrok_config.abstract_state(run, model, tx, latent)
-        restored = checkpoints.restore(like, which=cfg.which)
-    if restored is None:
-        other = ", or --which=latest" if cfg.which == "best" else ""
-        raise UsageError(
-            f"--workdir={cfg.workdir}: holds no {cfg.which} checkpoint yet; expected a run that "
-            f"has saved one{other}"
-        )
+    restored, (model, _, latent) = modgrok_setup.restore(
+        run, cfg.workdir, cfg.which, flag="--workdir"
+    )
     state, key = restored.state
     if latent is None:
         if cfg.prune:
             raise UsageError(f"--prune: the run in {cfg.workdir} has no gates (--latent_depth)")
         return _Selected(restored.step, restored.meta, model, state, key, None, None)
 
-    params = state.params if state.ema is None else state.ema
-    logits_GL = np.asarray(params["gates"]["logits_GL"])
+    logits_GL = np.asarray(state.tested["gates"]["logits_GL"])
     mask_GL = logits_GL > 0
     shared_L = np.asarray(latent_depth.shared_logits(logits_GL)) > 0
     if cfg.group == "union":
@@ -191,10 +177,9 @@ def main(cfg: ExportConfig) -> None:
 def _write_file(cfg: ExportConfig, output: Path, chosen: _Selected) -> None:
     from modgrok import interop
 
-    state = chosen.state
-    params = state.params if state.ema is None else state.ema
+    params, model = chosen.state.tested, chosen.model
     try:
-        _replace(output, lambda part: interop.save_reference(part, params, chosen.model))
+        _replace(output, lambda part: interop.save_reference(part, params, model))
     except ImportError as error:
         raise UsageError(f"--output={cfg.output}: {error}") from error
     except ValueError as error:  # of a post-norm decoder, which the reference cannot be

@@ -9,7 +9,6 @@ through the same instruments. stdout ends with one line of JSON.
 
 import dataclasses
 import json
-import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from launch import UsageError, modgrok_config, modgrok_export, program, rundir
+from launch import UsageError, modgrok_export, program, rundir
 from launch.flags import field
+from launch.modgrok_config import TrainConfig
 
 PROGRAM = "modgrok_inspect"
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "full": {"size": "full"}}
@@ -52,7 +52,9 @@ class InspectConfig(program.SpreadConfig):
     reference_sampling: bool | None = field(
         None, "whether tasks and inputs are those of the paper's code for --task_seed"
     )
-    task_seed: int = field(0, "seed that chose the tasks and inputs of a file", min=0)
+    task_seed: int = field(
+        0, "seed that chose the tasks and inputs of a file", min=0, max=2**31 - 1
+    )
     extra_tokens: int | None = field(
         None, "unused entries of its vocabulary; for a file 0 or 18 unless said", min=0
     )
@@ -68,7 +70,12 @@ class InspectConfig(program.SpreadConfig):
     feature_shot: int | None = field(
         None, "shot (from 0) whose inputs are varied; none: in the middle", min=0
     )
-    rows: int = field(1024, "sequences in one forward pass, which bounds memory", min=1)
+    rows: int = field(
+        1024,
+        "sequences in one forward pass, which bounds memory; at least the 48 of a set "
+        "(256 with --size=full)",
+        min=1,
+    )
 
     def validate(self) -> None:
         path = Path(self.checkpoint)
@@ -129,10 +136,48 @@ def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
         run, model, params, source = _from_run(cfg)
     else:
         run, model, params, source = _from_file(cfg)
-    import jax
+    from launch import modgrok_setup
+    from launch.modgrok_instruments_common import Problem
 
-    from launch import modgrok_instruments as instruments
-    from modgrok import interventions, latent_depth
+    _check_model(cfg, run, params)
+    gate_L, posterior = _latent_depth(params)
+    layers = list(range(model.layers)) if gate_L is None else np.flatnonzero(gate_L).tolist()
+    if not layers:
+        raise UsageError(
+            f"--checkpoint={cfg.checkpoint}: every gate is closed in its {cfg.which} checkpoint, "
+            "for a task in no group; expected a network with an open block"
+        )
+    if cfg.head:
+        _check_heads(f"--head={cfg.head}: expected", [cfg.head], layers, model)
+    together = _heads_together(cfg, layers, model)
+    shot = (run.shots - 1) // 2 if cfg.feature_shot is None else cfg.feature_shot
+    if shot > run.shots - 2:
+        raise UsageError(
+            f"--feature_shot={shot}: expected 0 to {run.shots - 2}, a shot with another after it"
+        )
+    tasks, inputs = modgrok_setup.prepare_data(run)
+    _check_inputs(cfg, run, inputs)
+    if gate_L is not None:
+        params, model, words = _open_blocks(params, model, gate_L, layers)
+        source += words
+    return Problem(
+        params=params,
+        model=model,
+        open_layers=None if gate_L is None else tuple(layers),
+        posterior=posterior,
+        tasks=tasks,
+        inputs=inputs,
+        modulus=run.p,
+        shots=run.shots,
+        feature_shot=shot,
+        together=together,
+        source=source,
+    )
+
+
+def _check_model(cfg: InspectConfig, run: TrainConfig, params: Any) -> None:
+    """UsageError if the instruments cannot look at such a model."""
+    import jax
 
     if not all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(params)):
         raise UsageError(
@@ -147,59 +192,47 @@ def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
         raise UsageError(
             f"--checkpoint={cfg.checkpoint}: its model has shots={run.shots}; expected 3 or more"
         )
-    gate_L, posterior = _latent_depth(params)
-    layers = list(range(model.layers)) if gate_L is None else np.flatnonzero(gate_L).tolist()
-    if not layers:
-        raise UsageError(
-            f"--checkpoint={cfg.checkpoint}: every gate is closed in its {cfg.which} checkpoint, "
-            "for a task in no group; expected a network with an open block"
-        )
-    if cfg.head:
-        _check_heads(f"--head={cfg.head}: expected", [cfg.head], layers, model)
-    together = tuple(group.split("+") for group in cfg.together)
-    flag = f"--together={','.join(cfg.together)}: expected heads"
-    _check_heads(flag, [name for group in together for name in group], layers, model)
-    together = tuple(
-        tuple((layers.index(i), j) for i, j in map(_parse_head, group)) for group in together
-    )
-    middle = (run.shots - 1) // 2
-    shot = middle if cfg.feature_shot is None else cfg.feature_shot
-    if shot > run.shots - 2:
-        raise UsageError(
-            f"--feature_shot={shot}: expected 0 to {run.shots - 2}, a shot with another after it"
-        )
-    tasks, inputs = modgrok_config.prepare_data(run)
+
+
+def _check_inputs(cfg: InspectConfig, run: TrainConfig, inputs: Any) -> None:
+    """UsageError if no pair of prompts can be made of them."""
+    from modgrok import prompts
+
     try:
-        interventions.prompt_inputs(inputs.train_M2, modulus=run.p)
+        prompts.prompt_inputs(inputs.train_M2, modulus=run.p)
     except ValueError as error:
         raise UsageError(
             f"--checkpoint={cfg.checkpoint}: its model was trained with --input_fraction="
             f"{run.input_fraction:g}, and none of these {len(inputs.train_M2)} inputs has another "
             "on its line through the origin and one off it; expected more inputs"
         ) from error
-    open_layers = None
-    if gate_L is not None:
-        open_layers = tuple(layers)
-        # Closed blocks are the identity: heads and neurons of theirs are no part of the network.
-        params = latent_depth.prune(params, gate_L)
-        model = latent_depth.pruned_config(model, gate_L)
-        source += (
-            " Open by its gates, rounded as for a task in no group: blocks "
-            f"{', '.join(map(str, layers))}; closed ones are left out."
-        )
-    return instruments.Problem(
-        params,
-        model,
-        open_layers,
-        posterior,
-        tasks,
-        inputs,
-        run.p,
-        run.shots,
-        shot,
-        together,
-        source,
+
+
+def _heads_together(
+    cfg: InspectConfig, layers: list[int], model: Any
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Groups of heads, each (place among the open blocks, head); UsageError if there are none."""
+    groups = [group.split("+") for group in cfg.together]
+    flag = f"--together={','.join(cfg.together)}: expected heads"
+    _check_heads(flag, [name for group in groups for name in group], layers, model)
+    return tuple(tuple((layers.index(i), j) for i, j in map(_parse_head, g)) for g in groups)
+
+
+def _open_blocks(
+    params: Any, model: Any, gate_L: np.ndarray, layers: list[int]
+) -> tuple[Any, Any, str]:
+    """The network of open blocks alone, and words about them.
+
+    Closed blocks are the identity: heads and neurons of theirs are no part of the network.
+    """
+    from modgrok import latent_depth
+
+    words = (
+        " Open by its gates, rounded as for a task in no group: blocks "
+        f"{', '.join(map(str, layers))}; closed ones are left out."
     )
+    pruned = latent_depth.prune(params, gate_L)
+    return pruned, latent_depth.pruned_config(model, gate_L), words
 
 
 def _check_heads(flag: str, names: Sequence[str], layers: list[int], model: Any) -> None:
@@ -211,13 +244,10 @@ def _check_heads(flag: str, names: Sequence[str], layers: list[int], model: Any)
         raise UsageError(f"{flag} {known}")
 
 
-def _from_run(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
-    from launch.checkpoints import Checkpoints
+def _from_run(cfg: InspectConfig) -> tuple[TrainConfig, Any, Any, str]:
+    from launch import modgrok_setup
 
-    try:
-        run = modgrok_export.run_settings(cfg.checkpoint)
-    except UsageError as error:
-        raise UsageError(str(error).replace("--workdir=", "--checkpoint=", 1)) from error
+    run = modgrok_export.run_settings(cfg.checkpoint, flag="--checkpoint")
     for name in OF_THE_RUN:
         asked, there = getattr(cfg, name), getattr(run, name)
         if asked is not None and asked != there:
@@ -225,35 +255,17 @@ def _from_run(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
                 f"--{name}={asked}: the run in {cfg.checkpoint} has {name}={there}; expected that, "
                 "or the flag left out"
             )
-    group_W = None
-    if run.latent_depth:
-        group_W = modgrok_config.task_groups(
-            run, modgrok_config.prepare_data(run)[0], workdir=cfg.checkpoint
-        )
-    latent = modgrok_config.make_latent(run, group_W)
-    model, tx = modgrok_config.make_model(run, latent)
-    try:
-        with Checkpoints(os.path.join(cfg.checkpoint, "checkpoints")) as checkpoints:
-            like = modgrok_config.abstract_state(run, model, tx, latent)
-            restored = checkpoints.restore(like, which=cfg.which)
-    except UsageError as error:
-        raise UsageError(f"--checkpoint={cfg.checkpoint}: {error}") from error
-    if restored is None:
-        other = ", or --which=latest" if cfg.which == "best" else ""
-        raise UsageError(
-            f"--checkpoint={cfg.checkpoint}: holds no {cfg.which} checkpoint yet; expected a run "
-            f"that has saved one{other}"
-        )
+    restored, parts = modgrok_setup.restore(run, cfg.checkpoint, cfg.which, flag="--checkpoint")
     state = restored.state[0]
     averaged = "averaged weights" if state.ema is not None else "weights"
     source = (
         f"The {cfg.which} checkpoint of a modgrok_train run, step {restored.step}, {averaged}: "
-        + _words(run, model)
+        + _words(run, parts.model)
     )
-    return run, model, state.params if state.ema is None else state.ema, source
+    return run, parts.model, state.tested, source
 
 
-def _from_file(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
+def _from_file(cfg: InspectConfig) -> tuple[TrainConfig, Any, Any, str]:
     from modgrok import interop
     from modgrok.tasks import is_prime
 
@@ -275,7 +287,7 @@ def _from_file(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
             f"{', or '.join(ways) or 'a smaller --p'}"
         )
     given = {name: getattr(cfg, name) for name in OF_THE_RUN if getattr(cfg, name) is not None}
-    run = modgrok_config.TrainConfig(
+    run = TrainConfig(
         **{**given, "extra_tokens": extra, "heads": model.heads},
         seed=cfg.task_seed,
         width=model.width,
@@ -290,7 +302,7 @@ def _from_file(cfg: InspectConfig) -> tuple[Any, Any, Any, str]:
     return run, model, params, f"The model of a file: {_words(run, model)}"
 
 
-def _words(run: Any, model: Any) -> str:
+def _words(run: TrainConfig, model: Any) -> str:
     return (
         f"p = {run.p}, {run.num_tasks} tasks trained on, {run.input_fraction:.0%} of the inputs, "
         f"{run.shots} shots, {model.layers} blocks of width {model.width} with {model.heads} heads."
@@ -317,20 +329,20 @@ def _work(
 ) -> tuple[dict[str, Any], program.Arrays]:
     from launch import modgrok_inspect_page as pages
     from launch import modgrok_inspect_scores as scoring
-    from launch import modgrok_instruments as instruments
-    from launch import parallel
+    from launch import modgrok_instruments, parallel
+    from launch import modgrok_instruments_common as common
 
-    size = instruments.SIZES[cfg.size]
+    size = common.SIZES[cfg.size]
     there = parallel.make_mesh(cfg.devices).size
     mesh = parallel.make_mesh(_sharing(there, size.sequences))
     if mesh.size < there:
         say(f"{mesh.size} of {there} devices, which share {size.sequences} sequences evenly")
-    look = instruments.Look(problem, size, program.key_for(cfg, 1), cfg.rows, mesh, say)
+    look = common.Look(problem, size, program.key_for(cfg, 1), cfg.rows, mesh, say)
     names = ("network", *cfg.controls)
     say(f"{problem.source} Looking at {', '.join(names)}; compiling first")
     arrays: dict[str, dict[str, np.ndarray]] = {}
     for name in names:
-        arrays[name] = instruments.measure(name, look)
+        arrays[name] = modgrok_instruments.measure(name, look)
     own = arrays["network"]
     circle_LH = own["circle_log_RLHC"][..., :2].mean((0, -1))
     best = np.unravel_index(circle_LH.argmax(), circle_LH.shape)
@@ -353,7 +365,7 @@ def _work(
     )
     folder.save_text("scores.json", json.dumps(scores, allow_nan=False) + "\n")
     folder.save_text("report.md", pages.page(scores, about))
-    heads = {name: scoring.plain(scoring.headline(score)) for name, score in scores.items()}
+    heads = {name: scoring.headline(score) for name, score in scores.items()}
     return {"report": "report.md", "scores": heads.pop("network"), "controls": heads}, arrays
 
 
@@ -375,10 +387,6 @@ def _draw(arrays: program.Arrays) -> dict[str, Any]:
 
 
 _PROGRAM = program.Program(PROGRAM, _files, _prepare, _work, _draw, free=("rows",))
-
-
-def main(cfg: InspectConfig) -> int:
-    return program.main(_PROGRAM, cfg)
 
 
 def cli() -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from launch.modgrok_inspect_page import FITS, TITLES
+from launch.modgrok_inspect_page import TITLES
 from launch.modgrok_inspect_scores import Arrays, changes, head_names, layer_numbers, patching
-from launch.modgrok_instruments import UNSEEN, match_of
-from modgrok import interpret_figures, interventions, latent_figures
+from launch.modgrok_instruments_common import FITS, UNSEEN, match_of
+from modgrok import interpret_figures, interventions, latent_figures, statistics
 
 
 def draw(all_arrays: Mapping[str, Arrays]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _intervention_figures(own: Arrays) -> dict[str, Any]:
     shots = own["accuracy_R4S"].shape[-1]
     single = slice(layers * heads)  # the rest are groups
     bars = {
-        kind: interventions.interval(changes(own, f"head_{kind}_accuracy_R4GS")[:, UNSEEN, single])
+        kind: statistics.interval(changes(own, f"head_{kind}_accuracy_R4GS")[:, UNSEEN, single])
         for kind in interventions.KINDS
     }
     accuracy_RGS = own["head_mean_accuracy_R4GS"][:, UNSEEN]
@@ -133,5 +133,5 @@ def _intervention_figures(own: Arrays) -> dict[str, Any]:
 
 def _bands(value: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Means over repetitions, and the ends of their intervals, of name -> value_RS."""
-    found = {name: interventions.interval(value_RS) for name, value_RS in value.items()}
+    found = {name: statistics.interval(value_RS) for name, value_RS in value.items()}
     return {k: x.mean for k, x in found.items()}, {k: (x.low, x.high) for k, x in found.items()}

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from launch.modgrok_inspect_scores import ATTENTION, head_names, headline
-from launch.modgrok_instruments import match_of
+from launch.modgrok_instruments_common import FITS, match_of
+from launch.rundir import table
 from modgrok import interventions
 
-FITS = ("log", "additive")  # the bases, in the order of the tables
 TITLES = {
     "network": "this network",
     "random": "random network",
@@ -82,7 +82,9 @@ def page(all_scores: Mapping[str, dict[str, Any]], about: About) -> str:
             [[label, *(_n(heads[name].get(key)) for name in names)] for label, key in rows],
         ),
         *_behaviour_page(all_scores, about),
-        *_inside_page(own, about),
+        *_heads_page(own, about),
+        *_embedding_page(own, about),
+        *_neurons_page(own, about),
         *(_interventions_page(own, about) if "ablation" in own else ()),
         *(_depth_page(own, about) if "latent_depth" in own else ()),
     ]
@@ -107,14 +109,13 @@ def _behaviour_page(all_scores: Mapping[str, dict[str, Any]], about: About) -> l
         ]
         for i, k in enumerate(grid["shots"])
     ]
-    follows = [
-        [TITLES[name], *(_i(all_scores[name]["follows_example_on_the_line"][x]) for x in x_names)]
-        for x_names in [("clean", "corrupt")]
-        for name in names
-    ]
-    for row, name in zip(follows, names, strict=True):
-        corruption = all_scores[name]["label_corruption"]
-        row += [_i(corruption[x]) for x in ("change_on_the_line", "change_elsewhere")]
+    follows = []
+    for name in names:
+        told = all_scores[name]["follows_example_on_the_line"]
+        change = all_scores[name]["label_corruption"]
+        cells = (told["clean"], told["corrupt"])
+        cells += (change["change_on_the_line"], change["change_elsewhere"])
+        follows.append([TITLES[name], *map(_i, cells)])
     return [
         "## Which queries it answers",
         "Every query (x, y) after k examples, unseen tasks with a != b on train inputs; means over "
@@ -152,9 +153,8 @@ def _behaviour_page(all_scores: Mapping[str, dict[str, Any]], about: About) -> l
     ]
 
 
-def _inside_page(own: dict[str, Any], about: About) -> list[str]:
-    attention, features, neurons = own["attention"], own["head_features"], own["neurons"]
-    embedding, ratio = own["embedding"], own["ratio_similarity"]
+def _heads_page(own: dict[str, Any], about: About) -> list[str]:
+    attention, features, ratio = own["attention"], own["head_features"], own["ratio_similarity"]
     layer_L = _layers(own)
     names = head_names(layer_L, np.shape(attention["previous"]["mean"])[1])
     lines = [
@@ -164,7 +164,7 @@ def _inside_page(own: dict[str, Any], about: About) -> list[str]:
             *(_n(features["explained"][i][j][c]) for c in range(2)),
             *(
                 f"{_n(features[kind]['mean'][i][j])} ({_n(features[kind]['shuffled_95'][i][j])})"
-                for kind in ("log", "additive")
+                for kind in FITS
             ),
             *(
                 f"{_n(ratio[place]['mean'][i][j])} (p = {_n(ratio[place]['p_value'][i][j])})"
@@ -184,29 +184,6 @@ def _inside_page(own: dict[str, Any], about: About) -> list[str]:
             ),
         ]
         for i, layer in enumerate(layer_L)
-    ]
-    layers = [
-        [
-            str(layer),
-            _n(neurons["live"][i]),
-            *(
-                _n(neurons[kind][part][i])
-                for kind in ("log", "additive")
-                for part in ("mean_r2", "mean_r2_shuffled", "beyond_shuffled", "best_r2")
-            ),
-            *("(" + ", ".join(map(str, neurons[k]["best_mode"][i])) + ")" for k in FITS),
-        ]
-        for i, layer in enumerate(layer_L)
-    ]
-    basis = [
-        [
-            kind,
-            " ".join(_n(x) for x in embedding[kind]["share_by_frequency"]),
-            _n(embedding[kind]["shuffled_95"]),
-            _n(embedding[kind]["p_value"]),
-            " ".join(_n(x) for x in embedding[kind]["components"]),
-        ]
-        for kind in FITS
     ]
     return [
         "## Heads",
@@ -240,16 +217,49 @@ def _inside_page(own: dict[str, Any], about: About) -> list[str]:
         *_figure("Attention by offset", "offsets", about),
         *_figure("Circle of circles", "circle", about),
         *_figure("Cosine similarity of all inputs", "similarity", about),
+    ]
+
+
+def _embedding_page(own: dict[str, Any], about: About) -> list[str]:
+    embedding = own["embedding"]
+    rows = [
+        [
+            kind,
+            " ".join(_n(x) for x in embedding[kind]["share_by_frequency"]),
+            _n(embedding[kind]["shuffled_95"]),
+            _n(embedding[kind]["p_value"]),
+            " ".join(_n(x) for x in embedding[kind]["components"]),
+        ]
+        for kind in FITS
+    ]
+    return [
         "## Embedding",
         f"Share of the variance by frequency 1, 2, ...; the zero token has "
         f"{_n(embedding['zero_token'])} in the log basis. The first components explain "
         + ", ".join(_n(x) for x in embedding["explained"])
         + ".",
-        table(
-            ["basis", "shares", "shuffled, 95 %", "p", "best share of components 1, 2, 3"], basis
-        ),
+        table(["basis", "shares", "shuffled, 95 %", "p", "best share of components 1, 2, 3"], rows),
         *_figure("Components of the embedding", "embedding", about),
         *_figure("Spectrum of the embedding", "spectrum", about),
+    ]
+
+
+def _neurons_page(own: dict[str, Any], about: About) -> list[str]:
+    neurons = own["neurons"]
+    rows = [
+        [
+            str(layer),
+            _n(neurons["live"][i]),
+            *(
+                _n(neurons[kind][part][i])
+                for kind in FITS
+                for part in ("mean_r2", "mean_r2_shuffled", "beyond_shuffled", "best_r2")
+            ),
+            *("(" + ", ".join(map(str, neurons[k]["best_mode"][i])) + ")" for k in FITS),
+        ]
+        for i, layer in enumerate(_layers(own))
+    ]
+    return [
         "## Neurons",
         f"Of {neurons['number']} neurons in each layer at y of shot {about.feature_shot}: the best "
         "mode (t, u) of x and y has R² (of the first repetition); shuffled tokens; share of live "
@@ -270,7 +280,7 @@ def _inside_page(own: dict[str, Any], about: About) -> list[str]:
                 ),
                 *(f"{kind}: best mode" for kind in FITS),
             ],
-            layers,
+            rows,
         ),
         *_figure("Best fits of the neurons", "neurons", about),
     ]
@@ -373,12 +383,6 @@ def _by_chance(about: About) -> str:
 
 def _layers(own: Mapping[str, Any]) -> Sequence[int]:
     return own.get("open_layers", range(len(own["neurons"]["live"])))
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _n(value: float | str | None) -> str:

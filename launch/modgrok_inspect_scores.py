@@ -1,9 +1,10 @@
 """From the arrays of modgrok_inspect to its scores.
 
-Scores are plain numbers. One with repetitions is a list [mean, low, high] with a 95 % interval of
-Student's t; of a table of numbers the ends have names of their own, NAME_low and NAME_high. The
-best head or neuron is chosen by its mean, which favours all subjects alike. P-values, and all that
-is said of neurons, are of the first repetition alone, which is the one that is shuffled.
+Scores are plain numbers of five digits. One with repetitions is a list [mean, low, high] with a
+95 % interval of Student's t; of a table of numbers the ends have names of their own, NAME_low and
+NAME_high. The best head or neuron is chosen by its mean, which favours all subjects alike.
+P-values, and all that is said of neurons, are of the first repetition alone, which is the one that
+is shuffled.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from launch.modgrok_instruments import GROUPS, UNSEEN
-from modgrok import evaluation, grids, interventions
+from launch.modgrok_instruments_common import FITS, UNSEEN
+from launch.modgrok_instruments_interventions import GROUPS
+from launch.rundir import plain
+from modgrok import evaluation, grids, interventions, statistics
 
 Arrays = Mapping[str, np.ndarray]
 ATTENTION = ("previous", "own_x", "first", "ratio", "ratio_choice")
@@ -47,7 +50,7 @@ def scores(arrays: Arrays) -> dict[str, Any]:
         "label_corruption": {
             "change_on_the_line": _spread(arrays["corruption_matched"]),
             "change_elsewhere": _spread(arrays["corruption_unmatched"]),
-            **_named("accuracy_with_wrong_labels", interventions.interval(arrays["several_RS"])),
+            **_named("accuracy_with_wrong_labels", statistics.interval(arrays["several_RS"])),
         },
         "grids": _grids(arrays),
         "attention": _attention(arrays),
@@ -63,7 +66,7 @@ def scores(arrays: Arrays) -> dict[str, Any]:
             key: value
             for name in ("accuracy", "loss")
             for key, value in _named(
-                f"{name}_by_layer", interventions.interval(arrays[f"lens_{name}_RLS"][..., -1])
+                f"{name}_by_layer", statistics.interval(arrays[f"lens_{name}_RLS"][..., -1])
             ).items()
         }
     if "open_layer_L" in arrays:
@@ -75,34 +78,18 @@ def scores(arrays: Arrays) -> dict[str, Any]:
             for name, value in arrays.items()
             if name.startswith(prefix)
         }
-    return plain(result)
-
-
-def plain(value: Any) -> Any:
-    """As strict JSON has it, numbers to five digits; what is not finite is null."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, str) or value is None:
-        return value
-    array = np.asarray(value)
-    if array.ndim:
-        return [plain(item) for item in array]
-    if array.dtype.kind in "biu":
-        return array.item()
-    return float(f"{float(array):.5g}") if np.isfinite(array) else None
+    return plain(result, digits=5)
 
 
 def _spread(value_R: np.ndarray) -> list[float]:
-    return list(interventions.interval(value_R))
+    return list(statistics.interval(value_R))
 
 
-def _named(name: str, found: interventions.Interval) -> dict[str, Any]:
+def _named(name: str, found: statistics.Interval) -> dict[str, Any]:
     return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
-def ratio_interval(part_RX: np.ndarray, whole_RX: np.ndarray) -> interventions.Interval:
+def ratio_interval(part_RX: np.ndarray, whole_RX: np.ndarray) -> statistics.Interval:
     """Ratio of two means over the first axis; NaN where the second is 0.
 
     The interval is that of the mean of part - ratio x whole, over the mean of the whole: a ratio of
@@ -112,14 +99,14 @@ def ratio_interval(part_RX: np.ndarray, whole_RX: np.ndarray) -> interventions.I
     whole_X = whole_RX.mean(0)
     scale_X = np.where(whole_X == 0, np.nan, whole_X)
     ratio_X = part_RX.mean(0) / scale_X
-    rest = interventions.interval(part_RX - ratio_X * whole_RX)
+    rest = statistics.interval(part_RX - ratio_X * whole_RX)
     half_X = (rest.high - rest.mean) / np.abs(scale_X)
-    return interventions.Interval(ratio_X, ratio_X - half_X, ratio_X + half_X)
+    return statistics.Interval(ratio_X, ratio_X - half_X, ratio_X + half_X)
 
 
 def _spreads(value_RLX: np.ndarray, layer_L: Sequence[int]) -> dict[str, Any]:
     """Of each head, and which is the best."""
-    mean, low, high = interventions.interval(value_RLX)
+    mean, low, high = statistics.interval(value_RLX)
     if np.isnan(mean).all():
         return {"mean": mean, "low": low, "high": high, "best": None, "best_head": None}
     at = np.unravel_index(np.nanargmax(mean), mean.shape)
@@ -166,7 +153,7 @@ def _attention(arrays: Arrays) -> dict[str, Any]:
 def _head_features(arrays: Arrays) -> dict[str, Any]:
     """Circle of circles: R^2 of the first two components, beside 95 % of shuffled tokens."""
     result: dict[str, Any] = {"explained": arrays["explained_RLHC"].mean(0)}
-    for kind in ("log", "additive"):
+    for kind in FITS:
         fit = _spreads(arrays[f"circle_{kind}_RLHC"][..., :2].mean(-1), layer_numbers(arrays))
         null_ZLH = arrays[f"circle_{kind}_null_ZLHC"][..., :2].mean(-1)
         fit["shuffled_95"] = np.quantile(null_ZLH, 0.95, axis=0)
@@ -186,7 +173,7 @@ def _p_values(found: np.ndarray, null: np.ndarray) -> np.ndarray:
 
 def _embedding(arrays: Arrays) -> dict[str, Any]:
     result: dict[str, Any] = {"explained": arrays["embedding_explained_C"]}
-    for kind in ("log", "additive"):
+    for kind in FITS:
         share_Q, null_Z = arrays[f"embedding_{kind}_Q"], arrays[f"embedding_{kind}_null_Z"]
         result[kind] = {
             "share_by_frequency": share_Q,
@@ -208,7 +195,7 @@ def _neurons(arrays: Arrays) -> dict[str, Any]:
     """
     live_LF = arrays["neuron_deviation_LF"] > 1e-6
     result: dict[str, Any] = {"live": live_LF.mean(1), "number": live_LF.shape[1]}
-    for kind in ("log", "additive"):
+    for kind in FITS:
         fit_LF = arrays[f"neuron_{kind}_RLF"][0]
         p_LF = _p_values(fit_LF, arrays[f"neuron_{kind}_null_ZLF"])
         beyond_LF = (p_LF <= 0.05) & live_LF
@@ -292,7 +279,7 @@ def patching(arrays: Arrays) -> dict[str, Any]:
     result: dict[str, Any] = {"effect_logits": effect, "effect_beyond_zero": there}
     for site, axes in (("residual", "RLT"), ("head", "RLH")):
         gained = arrays[f"patched_{site}_{axes}"] - arrays["patched_corrupt_R"][:, None, None]
-        result |= _named(f"gained_logits_{site}", interventions.interval(gained))
+        result |= _named(f"gained_logits_{site}", statistics.interval(gained))
         whole = effect_R if there else np.zeros_like(effect_R)  # no effect has no shares
         result |= _named(f"share_{site}", ratio_interval(gained, whole[:, None, None]))
     return result
@@ -313,12 +300,9 @@ def headline(score: Mapping[str, Any]) -> dict[str, Any]:
         **{f"best_{name}": (attention[name]["best"] or [None])[0] for name in ATTENTION},
         "ratio_uniform": attention["ratio"]["uniform"],
         "ratio_choice_uniform": attention["ratio_choice"]["uniform"],
-        **{f"best_circle_{kind}": features[kind]["best"][0] for kind in ("log", "additive")},
-        **{f"embedding_{kind}": score["embedding"][kind]["best"] for kind in ("log", "additive")},
-        **{
-            f"neurons_{kind}": max(score["neurons"][kind]["beyond_shuffled"])
-            for kind in ("log", "additive")
-        },
+        **{f"best_circle_{kind}": features[kind]["best"][0] for kind in FITS},
+        **{f"embedding_{kind}": score["embedding"][kind]["best"] for kind in FITS},
+        **{f"neurons_{kind}": max(score["neurons"][kind]["beyond_shuffled"]) for kind in FITS},
         "ratio_similarity_y": score["ratio_similarity"]["y"]["best"][0],
         "ratio_similarity_z": score["ratio_similarity"]["z"]["best"][0],
     }

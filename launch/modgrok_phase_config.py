@@ -181,27 +181,13 @@ def train_config(cfg: PhaseConfig, cell: Cell) -> TrainConfig:
 
 def make_plan(cfg: PhaseConfig, layers: int) -> Any:
     """The `modgrok.phase.Plan` of one depth."""
-    import modgrok
+    from launch import modgrok_setup
     from modgrok import phase
 
+    one = train_config(cfg, next(cell for cell in cells(cfg) if cell.layers == layers))
     return phase.Plan(
-        modgrok.Config(
-            vocab=cfg.p + cfg.extra_tokens,
-            width=cfg.width,
-            heads=cfg.heads,
-            layers=layers,
-            mlp_ratio=cfg.mlp_ratio,
-            dtype=cfg.dtype,
-            remat=cfg.remat,
-        ),
-        modgrok.OptimizerConfig(
-            name=cfg.optimizer,
-            lr=cfg.lr,
-            embedding_lr=cfg.embedding_lr,
-            embedding_decay=cfg.embedding_decay,
-            warmup_steps=cfg.warmup_steps,
-            schedule_steps=cfg.schedule_steps,
-        ),
+        modgrok_setup.model_config(one),
+        modgrok_setup.optimizer_config(one),  # whose decay gives way to each run's own
         modulus=cfg.p,
         shots=cfg.shots,
         batch=cfg.batch,
@@ -215,11 +201,12 @@ def stack(cfg: PhaseConfig, group: Sequence[Cell], sizes: tuple[int, int, int, i
     """(keys of the parameters, `modgrok.phase.Runs`) of some runs, padded to `sizes`."""
     import jax.numpy as jnp
 
+    from launch import modgrok_setup
     from modgrok import phase
 
     configs = [train_config(cfg, cell) for cell in group]
-    data = [modgrok_config.prepare_data(config) for config in configs]
-    keys = [[modgrok_config.key_for(config, at) for at in (1, 2, 3)] for config in configs]
+    data = [modgrok_setup.prepare_data(config) for config in configs]
+    keys = [[modgrok_setup.key_for(config, at) for at in (1, 2, 3)] for config in configs]
     runs = phase.stack_runs(
         [tasks for tasks, _ in data],
         [inputs for _, inputs in data],

@@ -10,7 +10,9 @@ import numpy as np
 
 import modgrok
 from launch import loop, parallel
-from launch.rundir import RunDir
+from launch.modgrok_config import TrainConfig
+from launch.modgrok_setup import Parts
+from launch.rundir import RunDir, can_draw
 from modgrok import evaluation, figures, latent_depth, latent_figures, oracles
 
 NEXT = "python -m launch.modgrok_train --flagfile=launch/recipes/memorise.flags"
@@ -21,17 +23,16 @@ class Evaluator:
 
     def __init__(
         self,
-        cfg: Any,
-        model: modgrok.Config,
+        cfg: TrainConfig,
+        parts: Parts,
         tasks: modgrok.TaskSplit,
         inputs: modgrok.InputSplit,
         mesh: jax.sharding.Mesh,
         *,
-        latent: modgrok.LatentConfig | None = None,
         group_W: np.ndarray | None = None,
     ) -> None:
-        """`latent` and `group_W` of a run with gates, which are rounded for the test."""
-        self._latent, self._group_W = latent, group_W
+        """`group_W` of a run with groups of gates; gates are rounded for the test."""
+        self._latent, self._group_W = parts.latent, group_W
         self._cfg, self._tasks, self._inputs, self._mesh = cfg, tasks, inputs, mesh
         self._data = parallel.replicate((tasks, inputs), mesh)
 
@@ -40,13 +41,15 @@ class Evaluator:
                 params,
                 key,
                 *data,
-                cfg=model,
+                cfg=parts.model,
                 modulus=cfg.p,
                 shots=cfg.shots,
                 sequences_per_task=counts,
                 rows=cfg.eval_rows,
                 row_sharding=parallel.rows(mesh),
-                gates=(None, None) if latent is None else latent_depth.task_gates(params, group_W),
+                gates=(None, None)
+                if parts.latent is None
+                else latent_depth.task_gates(params, group_W),
             )
 
         self._evaluate = jax.jit(
@@ -57,9 +60,8 @@ class Evaluator:
         self, state: modgrok.TrainState, key: jax.Array, counts: tuple[int, int]
     ) -> modgrok.Evaluation:
         """Scores as numpy arrays; every process has to call."""
-        params = _tested(state)
         key = parallel.replicate(key, self._mesh)
-        return parallel.on_host(self._evaluate(params, key, self._data, counts=counts))
+        return parallel.on_host(self._evaluate(state.tested, key, self._data, counts=counts))
 
     def on_the_way(self, state: modgrok.TrainState, key: jax.Array) -> loop.Report:
         scores = self.scores(state, key, tuple(self._cfg.eval_sequences))
@@ -75,7 +77,7 @@ class Evaluator:
         )
         if self._latent is None:
             return loop.Report(numbers, deciding, text)
-        gates = parallel.on_host(latent_depth.posterior(_tested(state)))
+        gates = parallel.on_host(latent_depth.posterior(state.tested))
         numbers |= {
             "tested_expected_depth": gates.expected_depth_G.mean(),
             "tested_kept_layers": gates.kept_G.mean(),
@@ -136,7 +138,7 @@ class Evaluator:
         summary |= gates
         arrays = {} if self._group_W is None else {"task_groups": self._group_W}
         if self._latent is not None:
-            arrays["gate_logits"] = parallel.on_host(_tested(state)["gates"]["logits_GL"])
+            arrays["gate_logits"] = parallel.on_host(state.tested["gates"]["logits_GL"])
         folder.save_arrays(
             "evaluation",
             **arrays,
@@ -167,7 +169,7 @@ class Evaluator:
             return {}
         numbers: dict[str, Any] = {}
         for prefix, one in (("", state), ("last_", outcome.state[0])):
-            params = _tested(one)
+            params = one.tested
             gates = parallel.on_host(latent_depth.posterior(params))
             shared_L = parallel.on_host(latent_depth.task_gates(params, self._group_W)[1])
             numbers |= {
@@ -197,10 +199,7 @@ class Evaluator:
         folder: RunDir,
         say: Callable[..., None],
     ) -> bool:
-        try:
-            import matplotlib  # noqa: F401
-        except ModuleNotFoundError:
-            say("no figures: matplotlib is missing; pip install 'deeper[figures]' brings it")
+        if not can_draw(say):
             return False
         cfg = self._cfg
         names = {"step": "step", "loss": "loss"}
@@ -259,11 +258,6 @@ class Evaluator:
             say(f"Next, the other side of the transition, a model that memorises:\n  {NEXT}")
         else:
             say(f"To continue or repeat: the same command with --workdir={folder.path}")
-
-
-def _tested(state: modgrok.TrainState) -> Any:
-    """The parameters that are tested: averaged ones, if there are any."""
-    return state.params if state.ema is None else state.ema
 
 
 def _last_finite(column: np.ndarray | None) -> float | None:

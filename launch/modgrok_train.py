@@ -5,7 +5,6 @@ stderr. Presets: demo (the default: minutes on a laptop), small (seconds, to try
 paper's runs of depth 2, 4 and 6 (a GPU). Recipes: --flagfile=launch/recipes/NAME.flags.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -23,15 +22,8 @@ from launch.modgrok_config import (
     PRESETS,
     PROGRAM,
     TrainConfig,
-    abstract_state,
     check_groups,
     group_file,
-    key_for,
-    make_latent,
-    make_model,
-    prepare_data,
-    state_maker,
-    task_groups,
 )
 
 # What may differ between the processes of one run.
@@ -67,9 +59,8 @@ def main(cfg: TrainConfig) -> int:
 
 def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
     """Run in this process, whose devices are set up; returns what the summary line says."""
-    import jax
-
     from launch import loop, modgrok_report, parallel
+    from launch import modgrok_setup as setup
     from launch.checkpoints import Checkpoints
     from launch.hoststate import from_process_0
 
@@ -79,48 +70,26 @@ def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
             f"--batch={cfg.batch}: expected a multiple of the {mesh.size} devices"
             + (f" x --micro_batches={cfg.micro_batches}" if cfg.micro_batches > 1 else "")
         )
-    tasks, inputs = prepare_data(cfg)
-    group_W = task_groups(cfg, tasks, workdir=cfg.workdir or None)
-    latent = make_latent(cfg, group_W)
-    model, tx = make_model(cfg, latent)
-    like = abstract_state(cfg, model, tx, latent)
+    tasks, inputs = setup.prepare_data(cfg)
+    group_W = setup.task_groups(cfg, tasks, workdir=cfg.workdir or None)
+    parts = setup.make_parts(cfg, group_W)
+    like = setup.abstract_state(cfg, parts)
     writer = parallel.is_first()
     # Process 0 decides: the others may be on machines that do not see its disk.
     resuming = bool(from_process_0(b"x" * resuming))
-    workdir = cfg.workdir or from_process_0(_new_folder() if writer else b"").decode()
+    new = os.fsencode(rundir.new_folder(PROGRAM)) if writer and not cfg.workdir else b""
+    workdir = cfg.workdir or from_process_0(new).decode()
     with Checkpoints(os.path.join(workdir, "checkpoints"), keep=cfg.keep) as checkpoints:
-        restored = checkpoints.restore(like) if resuming else None
-        start, best = 0, loop.Best()
-        if restored:
-            start, state = restored.step, restored.state
-            if restored.meta["best_score"] is not None:
-                best = loop.Best(restored.meta["best_step"], restored.meta["best_score"])
-        else:
-            state = state_maker(cfg, model, tx, latent)(key_for(cfg, 1), key_for(cfg, 2))
-        state = parallel.replicate(state, mesh)
-
+        restored, state, best = _begin(cfg, parts, like, checkpoints, resuming)
+        start, state = restored.step if restored else 0, parallel.replicate(state, mesh)
         saved = {**dataclasses.asdict(cfg), "workdir": workdir}
         with rundir.RunDir(workdir, saved, program=PROGRAM, writer=writer) as folder:
             folder.truncate(start if restored else -1)
             if (groups := group_file(cfg)) is not None and not (folder.path / GROUPS).exists():
                 folder.save_text(GROUPS, groups.read_text())
-            say = functools.partial(print, file=sys.stderr, flush=True)
-            if cfg.quiet or not writer:
-                say = lambda *_: None  # noqa: E731
-            say(
-                f"{workdir}: {model.num_params:,} parameters, {len(tasks.train_W2)} seen and "
-                f"{len(tasks.unseen_U2)} unseen tasks mod {cfg.p}, {mesh.size} x "
-                f"{jax.devices()[0].platform}; "
-                + (f"resuming at step {start}" if restored else "compiling first")
-            )
-            if latent is not None and latent.ramp_end > cfg.steps:
-                say(
-                    f"The gates' weights are whole from step {latent.ramp_end} on, and "
-                    f"--steps={cfg.steps}: no checkpoint of these steps is chosen as the best"
-                )
-            evaluator = modgrok_report.Evaluator(
-                cfg, model, tasks, inputs, mesh, latent=latent, group_W=group_W
-            )
+            say = rundir.speaker(cfg.quiet or not writer)
+            say(f"{workdir}: {_greeting(cfg, parts, tasks, mesh, restored)}")
+            evaluator = modgrok_report.Evaluator(cfg, parts, tasks, inputs, mesh, group_W=group_W)
             outcome = loop.run(
                 state,
                 start=start,
@@ -128,18 +97,18 @@ def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
                 cadence=loop.Cadence(
                     cfg.steps, cfg.log_every, cfg.eval_every, cfg.checkpoint_every
                 ),
-                chunk=_chunk(cfg, model, tx, tasks, inputs, mesh, latent, group_W),
-                evaluate=lambda state: evaluator.on_the_way(state[0], key_for(cfg, 3)),
+                chunk=_chunk(cfg, parts, tasks, inputs, mesh, group_W),
+                evaluate=lambda state: evaluator.on_the_way(state[0], setup.key_for(cfg, 3)),
                 target=cfg.target,
                 checkpoints=checkpoints,
                 rundir=folder,
                 quiet=cfg.quiet or not writer,
             )
             checkpoints.wait()
-            kept = checkpoints.restore(like, which="best")
-            best_state = parallel.replicate(kept.state, mesh) if kept else outcome.state
+            outcome, tested = _to_test(outcome, like, checkpoints)
+            tested = parallel.replicate(tested, mesh)
             summary = evaluator.at_the_end(
-                best_state[0], outcome, key_for(cfg, 4), folder, draw=cfg.figures, say=say
+                tested[0], outcome, setup.key_for(cfg, 4), folder, draw=cfg.figures, say=say
             )
     return {
         "program": PROGRAM,
@@ -148,44 +117,75 @@ def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
         "steps": outcome.step,
         **summary,
         "resumed_from": restored.step if restored else None,
-        "parameters": model.num_params,
+        "parameters": parts.model.num_params,
         "devices": mesh.size,
     }
 
 
-def _new_folder() -> bytes:
-    """A fresh folder under runs/, made at once: two runs may start in the same second."""
-    while True:
-        path = rundir.default_path(PROGRAM)
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return os.fsencode(path)
+def _begin(
+    cfg: TrainConfig, parts: Any, like: Any, checkpoints: Any, resuming: bool
+) -> tuple[Any, Any, Any]:
+    """(checkpoint to go on from, None of a new run; its state; `loop.Best` so far)."""
+    from launch import loop
+    from launch import modgrok_setup as setup
+
+    restored = checkpoints.restore(like) if resuming else None
+    if restored is None:
+        make = setup.state_maker(cfg, parts)
+        return None, make(setup.key_for(cfg, 1), setup.key_for(cfg, 2)), loop.Best()
+    best = checkpoints.restore(like, which="best", dispensable=True)
+    if best is None or best.step > restored.step:
+        # Damaged, gone, or left by a kill just after it was saved. Unless the best state is at
+        # hand, tests of the steps to come choose another.
+        best = restored if restored.meta["best_step"] == restored.step else None
+        if best:
+            checkpoints.save_best(*best)
+    score = best.meta["best_score"] if best else None
+    return restored, restored.state, loop.Best() if score is None else loop.Best(best.step, score)
 
 
-def _chunk(
-    cfg: TrainConfig,
-    model: Any,
-    tx: Any,
-    tasks: Any,
-    inputs: Any,
-    mesh: Any,
-    latent: Any,
-    group_W: Any,
-) -> Any:
+def _to_test(outcome: Any, like: Any, checkpoints: Any) -> tuple[Any, Any]:
+    """(outcome, state to test in the end): the best, or where there is none the last."""
+    from launch import loop
+
+    kept = None
+    if outcome.best.step > 0:
+        kept = checkpoints.restore(like, which="best", dispensable=True)
+    if kept is None:
+        return outcome._replace(best=loop.Best()), outcome.state
+    return outcome, kept.state
+
+
+def _greeting(cfg: TrainConfig, parts: Any, tasks: Any, mesh: Any, restored: Any) -> str:
+    at = f"resuming at step {restored.step}" if restored else "compiling first"
+    text = (
+        f"{parts.model.num_params:,} parameters, {len(tasks.train_W2)} seen and "
+        f"{len(tasks.unseen_U2)} unseen tasks mod {cfg.p}, {mesh.size} x "
+        f"{mesh.devices.flat[0].platform}; {at}"
+    )
+    if parts.latent is not None and parts.latent.ramp_end > cfg.steps:
+        text += (
+            f"\nThe gates' weights are whole from step {parts.latent.ramp_end} on, and "
+            f"--steps={cfg.steps}: no checkpoint of these steps is chosen as the best"
+        )
+    return text
+
+
+def _chunk(cfg: TrainConfig, parts: Any, tasks: Any, inputs: Any, mesh: Any, group_W: Any) -> Any:
     """chunk(state, num_steps) over the mesh, where state is (TrainState, key of the batches)."""
     import modgrok
     from launch import parallel
 
     body = functools.partial(
         modgrok.train_chunk.__wrapped__,
-        cfg=model,
-        tx=tx,
+        cfg=parts.model,
+        tx=parts.tx,
         batch=cfg.batch,
         shots=cfg.shots,
         modulus=cfg.p,
         micro_batches=cfg.micro_batches,
         ema_decay=cfg.ema or None,
-        latent=latent,
+        latent=parts.latent,
     )
 
     def chunk(state: Any, task_W2: Any, input_M2: Any, *groups: Any, **options: Any) -> Any:

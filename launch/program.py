@@ -9,14 +9,13 @@ Importing this needs no jax, so that --help and a wrong flag answer at once.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -39,6 +38,7 @@ FREE = (
 
 
 def default_cache() -> str:
+    """A folder of this user's, for compiled programs."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(root, "deeper", "xla")
 
@@ -90,10 +90,8 @@ def main(program: Program, cfg: RunConfig) -> int:
     flags.to_flagfile(settings)  # refuses what could not be written down
     path, free = cfg.workdir or rundir.default_path(program.name), (*FREE, *program.free)
     known = rundir.check(path, settings, program=program.name, free=free)
-    say = functools.partial(print, file=sys.stderr, flush=True)
-    if cfg.quiet:
-        say = lambda *_: None  # noqa: E731
-    row = _finished(Path(cfg.workdir)) if known and program.again else None
+    say = rundir.speaker(cfg.quiet)
+    row = _finished_row(Path(cfg.workdir)) if known and program.again else None
     if row:
         result = _again(program, cfg, row)
         say(f"{cfg.workdir}: holds this run, finished; its result again")
@@ -114,7 +112,7 @@ def _anew(program: Program, cfg: RunConfig, say: Callable[..., None]) -> dict[st
     if isinstance(cfg, SpreadConfig):
         parallel.make_mesh(cfg.devices)  # refuses what is not there
     problem = program.prepare(cfg, say)
-    workdir = cfg.workdir or str(_new_folder(program.name))
+    workdir = cfg.workdir or str(rundir.new_folder(program.name))
     saved = {**dataclasses.asdict(cfg), "workdir": workdir}
     with rundir.RunDir(workdir, saved, program=program.name) as folder:
         if program.again:
@@ -141,7 +139,7 @@ def _again(program: Program, cfg: RunConfig, row: dict[str, Any]) -> dict[str, A
         )
     files = row.pop("files", [])
     for name in files:
-        _load(cfg, name, list)  # their names alone: the result is not given without its arrays
+        _load(cfg, name, ())  # opened alone: the result is not given without its arrays
     if cfg.figures and not (path / "figures").is_dir():
         saved = dataclasses.asdict(cfg)
         with rundir.RunDir(path, saved, program=program.name) as folder:
@@ -149,7 +147,7 @@ def _again(program: Program, cfg: RunConfig, row: dict[str, Any]) -> dict[str, A
     return {"workdir": cfg.workdir, **row}
 
 
-def _finished(path: Path) -> dict[str, Any] | None:
+def _finished_row(path: Path) -> dict[str, Any] | None:
     """The last report of a run that ended, without writing anything."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         row = json.loads((path / rundir.METRICS).read_bytes().splitlines()[-1])
@@ -159,16 +157,36 @@ def _finished(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _load(cfg: RunConfig, name: str, read: Callable[[Any], Any] = dict) -> Any:
+def _load(cfg: RunConfig, name: str, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     path = Path(cfg.workdir) / f"{name}.npz"
     try:
-        with open(path, "rb") as opened, np.load(opened) as file:
-            return read(file)
-    except Exception as error:  # damaged archives raise errors of many types
+        return rundir.read_arrays(path, names)
+    except rundir.Unreadable as error:
         raise UsageError(
             f"--workdir={cfg.workdir}: {path.name} cannot be read ({error}); expected the file "
             "that the run wrote, or another folder"
         ) from error
+
+
+def merged(
+    cfg: RunConfig, text: str, *, program: str, free: Collection[str], what: str
+) -> list[Path]:
+    """The folders that --merge names, by commas; UsageError if one is not `what`, with `cfg`.
+
+    `free` names flags of the program on which its kept results do not depend.
+    """
+    folders = [Path(part.strip()) for part in text.split(",") if part.strip()]
+    for folder in folders:
+        if not os.path.isfile(folder / rundir.CONFIG):  # of Path it raises, say, of long names
+            raise UsageError(
+                f"--merge={folder}: expected the folder of {what}, with {rundir.CONFIG}"
+            )
+        settings = dataclasses.asdict(cfg)
+        try:
+            rundir.check_settings(folder, settings, program=program, free=(*FREE, *free))
+        except UsageError as error:
+            raise UsageError(str(error).replace("--workdir=", "--merge=", 1)) from error
+    return folders
 
 
 def _digest(paths: Iterable[Path]) -> str:
@@ -182,22 +200,10 @@ def _digest(paths: Iterable[Path]) -> str:
     return sha.hexdigest()
 
 
-def _new_folder(program: str) -> Path:
-    """A fresh folder under runs/, made at once: two runs may start in the same second."""
-    while True:
-        path = rundir.default_path(program)
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return path
-
-
 def _draw(
     program: Program, folder: rundir.RunDir, arrays: Arrays, say: Callable[..., None]
 ) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        say("no figures: matplotlib is missing; pip install 'deeper[figures]' brings it")
+    if not rundir.can_draw(say):
         return
     drawn = program.draw(arrays)
     for name, figure in drawn.items():

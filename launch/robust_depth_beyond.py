@@ -131,6 +131,7 @@ def _draw_relu(a: Arrays) -> Any:
 # d3 and d4 ---------------------------------------------------------------------------------------
 
 SOLVERS = ("least_squares", "huber", "ransac", "lasso", "lad_lasso")
+COSTS = ((8, 2000), (16, 2000), (32, 2000), (8, 4000), (8, 8000))  # trials, steps
 
 
 def _baseline_grid() -> sweep.Grid:
@@ -184,7 +185,7 @@ def _read_baselines(a: Arrays) -> Reading:
 def _run_cost(size: Size, key: jax.Array) -> Arrays:
     found: dict[str, Any] = {"trials": [], "steps": [], "seconds": []}
     dim, rows, sparsity, _ = sections.SETTINGS[1]
-    for trials, steps in ((8, 2000), (16, 2000), (32, 2000), (8, 4000), (8, 8000)):
+    for trials, steps in COSTS:
         grid = sweep.Grid(
             num_rows=rows, dim=dim, sparsity=sparsity, num_steps=steps, record_every=steps
         )

@@ -66,7 +66,7 @@ class ProblemConfig(program.SpreadConfig):
 
 
 def check_values(flag: str, values: Sequence[Any], *, least: float, below: float = np.inf) -> None:
-    """Some, each once, each in its range."""
+    """ValueError unless there are some, each once, from `least` to less than `below`."""
     text = ",".join(f"{value:g}" for value in values)
     if not values or len(set(values)) != len(values):
         raise ValueError(f"--{flag}={text}: expected one number or more, each once")
@@ -119,6 +119,7 @@ def make_grid(
 
 
 def step_size(cfg: ProblemConfig) -> Any:
+    """The `robust_depth.method.StepSize` of these flags."""
     from robust_depth import method
 
     if cfg.schedule == "geometric":
@@ -148,6 +149,7 @@ def chunks(
 
 
 def spans(first: int, last: int, size: int) -> list[tuple[int, int]]:
+    """(start, stop) of what lies between `first` and `last`, at most `size` at a time."""
     return [(start, min(start + size, last)) for start in range(first, last, size)]
 
 

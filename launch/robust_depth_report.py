@@ -54,7 +54,7 @@ def _work(
     arrays: dict[str, Any] = {}
     for number, name in enumerate(cfg.sections):
         section = sections[name]
-        kept = _kept(folder, name)
+        kept = _kept_arrays(folder, name)
         say(f"{name} ({number + 1}/{len(cfg.sections)}): {section.title}" + "; kept" * bool(kept))
         # The key goes by name: a section is the same in any selection.
         key = program.key_for(cfg, NAMES.index(name))
@@ -69,11 +69,10 @@ def _work(
     return {"report": "report.md", "verdicts": verdicts, "numbers": numbers}, arrays
 
 
-def _kept(folder: rundir.RunDir, name: str) -> dict[str, np.ndarray] | None:
+def _kept_arrays(folder: rundir.RunDir, name: str) -> dict[str, np.ndarray] | None:
     try:
-        with open(folder.path / f"{name}.npz", "rb") as opened, np.load(opened) as file:
-            return dict(file)
-    except Exception:  # not there, or damaged: run again
+        return rundir.read_arrays(folder.path / f"{name}.npz")
+    except rundir.Unreadable:  # run again
         return None
 
 
@@ -112,10 +111,6 @@ def _draw(arrays: program.Arrays) -> dict[str, Any]:
 
 
 _PROGRAM = program.Program(PROGRAM, lambda cfg: (), _prepare, _work, _draw)
-
-
-def main(cfg: ReportConfig) -> int:
-    return program.main(_PROGRAM, cfg)
 
 
 def cli() -> None:

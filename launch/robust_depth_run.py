@@ -170,10 +170,6 @@ _PROGRAM = program.Program(
 )
 
 
-def main(cfg: DepthConfig) -> int:
-    return program.main(_PROGRAM, cfg)
-
-
 def cli() -> None:
     program.cli(_PROGRAM, DepthConfig, PRESETS, __doc__)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from launch import rundir
 from robust_depth import sweep
 
 Arrays = Mapping[str, np.ndarray]
@@ -49,9 +50,8 @@ class Section(NamedTuple):
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    """Markdown, of numbers to three digits."""
+    return rundir.table(head, rows, _cell)
 
 
 def _cell(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from launch import UsageError, program, robust_depth_common, rundir
+from launch import program, robust_depth_common, rundir
 from launch.flags import field
 
 PROGRAM = "robust_depth_sweep"
@@ -48,42 +48,33 @@ class SweepConfig(robust_depth_common.ProblemConfig):
             robust_depth_common.check_values("init_scales", self.init_scales, least=0)
 
 
-def _prepare(cfg: SweepConfig, say: Callable[..., None]) -> Any:
-    for folder in _others(cfg):
-        _check_same_grid(cfg, folder)
-    return robust_depth_common.make_grid(
+def _prepare(cfg: SweepConfig, say: Callable[..., None]) -> tuple[list[Path], Any]:
+    """The folders to merge, and the grid."""
+    others = program.merged(cfg, cfg.merge, program=PROGRAM, free=_SPAN, what="a sweep")
+    grid = robust_depth_common.make_grid(
         cfg,
         depths=cfg.depths,
         fractions=cfg.outlier_fractions,
         scales=cfg.init_scales or (None,),
     )
-
-
-def _others(cfg: SweepConfig) -> list[Path]:
-    return [Path(text.strip()) for text in cfg.merge.split(",") if text.strip()]
-
-
-def _check_same_grid(cfg: SweepConfig, folder: Path) -> None:
-    if not (folder / rundir.CONFIG).is_file():
-        raise UsageError(f"--merge={folder}: expected the folder of a sweep, which has config.json")
-    free = (*program.FREE, *_SPAN)
-    try:
-        rundir.check(folder, dataclasses.asdict(cfg), program=PROGRAM, free=free)
-    except UsageError as error:
-        raise UsageError(str(error).replace("--workdir=", "--merge=", 1)) from error
+    return others, grid
 
 
 def _work(
-    cfg: SweepConfig, grid: Any, folder: rundir.RunDir, say: Callable[..., None]
+    cfg: SweepConfig,
+    problem: tuple[list[Path], Any],
+    folder: rundir.RunDir,
+    say: Callable[..., None],
 ) -> tuple[dict[str, Any], program.Arrays]:
     from robust_depth import sweep
 
+    others, grid = problem
     shape = (len(grid.settings), len(grid.record_steps))
     first, last = cfg.first_trial, cfg.first_trial + cfg.trials
     whole = {name: np.full((cfg.trials, *shape), np.nan, grid.dtype) for name in _ARRAYS}
     there_T = np.zeros(cfg.trials, bool)
-    for source in (folder.path, *_others(cfg)):
-        for start, part in _kept(source, shape, say):
+    for source in (folder.path, *others):
+        for start, part in _kept_chunks(source, shape, say):
             stop = start + len(part["error_TSR"])
             low, high = max(start, first), min(stop, last)
             if low < high:
@@ -113,7 +104,7 @@ def _work(
     return _result(cfg, grid, whole, found), {"sweep": _arrays(grid, whole)}
 
 
-def _kept(
+def _kept_chunks(
     source: Path, shape: tuple[int, int], say: Callable[..., None]
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(first trial, arrays) of each chunk that a folder holds whole."""
@@ -123,11 +114,10 @@ def _kept(
             continue
         start, stop = map(int, match.groups())
         try:
-            with open(path, "rb") as opened, np.load(opened) as file:
-                part = {name: file[name] for name in _ARRAYS}
+            part = rundir.read_arrays(path, _ARRAYS)
             if any(x.shape != (stop - start, *shape) for x in part.values()):
-                raise ValueError("its arrays have other shapes")
-        except Exception as error:  # damaged archives raise errors of many types
+                raise rundir.Unreadable("its arrays have other shapes")
+        except rundir.Unreadable as error:
             say(f"{path}: left aside, it cannot be read ({error}); its trials are run again")
             continue
         yield start, part
@@ -214,10 +204,6 @@ def _draw(arrays: program.Arrays) -> dict[str, Any]:
 _PROGRAM = program.Program(
     PROGRAM, lambda cfg: (), _prepare, _work, _draw, free=("chunk", "memory_gib", "merge")
 )
-
-
-def main(cfg: SweepConfig) -> int:
-    return program.main(_PROGRAM, cfg)
 
 
 def cli() -> None:

@@ -8,6 +8,7 @@
 appear whole or not at all, so a run may be killed at any moment.
 """
 
+import functools
 import json
 import math
 import os
@@ -16,8 +17,8 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,6 +37,15 @@ def default_path(program: str) -> Path:
         count += 1
         path = stem.with_name(f"{stem.name}-{count}")
     return path
+
+
+def new_folder(program: str) -> Path:
+    """A fresh folder under runs/, made at once: two runs may start in the same second."""
+    while True:
+        path = default_path(program)
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
 
 
 def check(
@@ -76,7 +86,7 @@ def check(
             f"--workdir={text}: holds files but no {CONFIG}; expected a new or empty folder, "
             "or one that an earlier run made"
         )
-    _check_config(Path(text), _plain(config), program, free, _plain(later))
+    check_settings(text, config, program=program, free=free, later=later)
     return True
 
 
@@ -89,15 +99,21 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _check_config(
-    path: Path,
+def check_settings(
+    path: str | os.PathLike[str],
     config: Mapping[str, Any],
+    *,
     program: str,
-    free: Collection[str],
-    later: Mapping[str, Any],
+    free: Collection[str] = (),
+    later: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> None:
+    """UsageError unless a run of `program` with `config` made the folder, which is only read.
+
+    `free` and `later` as in `check`.
+    """
+    config = plain(config)
     try:
-        stored = {**later, **json.loads((path / CONFIG).read_text())}
+        stored = {**plain(later), **json.loads((Path(path) / CONFIG).read_text())}
         owner = stored.pop("program")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(
@@ -122,25 +138,80 @@ def _shown(config: Mapping[str, Any], key: str) -> str:
     return json.dumps(config[key], sort_keys=True) if key in config else "absent"
 
 
-def _plain(value: Any) -> Any:
-    """`value` as strict JSON has it: no arrays, tuples or paths, null for NaN and infinity."""
+def plain(value: Any, digits: int | None = None) -> Any:
+    """`value` as strict JSON has it: no arrays, tuples or paths, null for NaN and infinity.
+
+    With `digits`, floats are rounded to so many significant ones.
+    """
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item, digits) for item in value]
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
     array = np.asarray(value)
-    return _plain((array if array.dtype.kind in "biu" else array.astype(np.float64)).tolist())
+    exact = array if array.dtype.kind in "biu" else array.astype(np.float64)
+    return plain(exact.tolist(), digits)
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[Any]], cell: Callable[..., str] = str
+) -> str:
+    """A Markdown table; `cell` makes text of what is in a row."""
+    lines = [head, ["---"] * len(head), *(map(cell, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speaker(quiet: bool) -> Callable[..., None]:
+    """say(text), which prints a line on stderr at once, or nothing if `quiet`."""
+    return (lambda *_: None) if quiet else functools.partial(print, file=sys.stderr, flush=True)
+
+
+def can_draw(say: Callable[..., None]) -> bool:
+    """Whether matplotlib is there; if not, `say` tells what brings it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        say("no figures: matplotlib is missing; pip install 'deeper[figures]' brings it")
+        return False
+    return True
 
 
 def summary_line(result: Mapping[str, Any]) -> None:
     """Print `result` as one line of JSON on stdout: the last words of a program."""
-    print(json.dumps(_plain(result), allow_nan=False), flush=True)
+    print(json.dumps(plain(result), allow_nan=False), flush=True)
+
+
+class Unreadable(Exception):
+    """A file of arrays is not there, or is damaged; the text says why."""
+
+
+def read_arrays(
+    path: str | os.PathLike[str], names: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, all of them or those of `names`.
+
+    Raises: Unreadable, whatever is wrong with the file.
+    """
+    try:
+        with open(path, "rb") as opened, np.load(opened) as file:
+            return {name: file[name] for name in (file.files if names is None else names)}
+    except Exception as error:  # damaged archives raise errors of many types
+        raise Unreadable(str(error)) from error
+
+
+def put_aside(path: Path, folder: Path) -> Path:
+    """Move what is damaged into `folder`, under a number that nothing there has; its new path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = (re.match(r"(\d+)-", other.name) for other in folder.iterdir())
+    number = 1 + max((int(m[1]) for m in found if m), default=-1)
+    return path.rename(folder / f"{number:03d}-{path.name}")
 
 
 @contextmanager
@@ -191,7 +262,7 @@ class RunDir:
         flagfile = f"# {program}\n{flags.to_flagfile(config)}"
         self.path.mkdir(parents=True, exist_ok=True)
         with _whole(self.path / CONFIG) as file:
-            text = json.dumps({"program": program, **_plain(config)}, indent=2, allow_nan=False)
+            text = json.dumps({"program": program, **plain(config)}, indent=2, allow_nan=False)
             file.write(text.encode() + b"\n")
         with _whole(self.path / "run.flags") as file:
             file.write(flagfile.encode())
@@ -211,11 +282,11 @@ class RunDir:
         """
         if not self._writer:
             return
-        plain = _plain(values)
+        numbers = plain(values)
         with open(self.path / METRICS, "ab") as file:
-            file.write(json.dumps({"step": int(step), **plain}).encode() + b"\n")
-        numbers = {name: x for name, x in plain.items() if isinstance(x, int | float)}
-        self._write_event(step, numbers)
+            file.write(json.dumps({"step": int(step), **numbers}).encode() + b"\n")
+        single = {name: x for name, x in numbers.items() if isinstance(x, int | float)}
+        self._write_event(step, single)
 
     def _write_event(self, step: int, numbers: Mapping[str, float]) -> None:
         # Below SummaryWriter, whose queue and thread make a flush no promise.

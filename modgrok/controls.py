@@ -27,7 +27,7 @@ from jax.tree_util import Partial
 
 from modgrok import fourier, interpret, oracles
 from modgrok.model import Activations
-from modgrok.tasks import check_modulus
+from modgrok.tasks import check_modulus, inverses
 
 Rule = Literal["ratio_matching", "bayes"]
 RADII = (1.0, 0.3)  # of the big circle and of the small ones
@@ -109,7 +109,7 @@ def _activations(rule: Rule, modulus: int, tokens_BT: jax.Array) -> Activations:
 
     x_BT, y_BT = (jnp.where(phase_T == 1, *pair) for pair in ((one_BT, two_BT), (token_BT, one_BT)))
     if matching:
-        inverse_p = jnp.asarray([0] + [pow(v, -1, modulus) for v in range(1, modulus)], jnp.int32)
+        inverse_p = jnp.asarray(inverses(modulus))
         # x / y; p where y = 0 (infinity), p + 1 for (0, 0).
         class_BT = jnp.where(
             y_BT != 0, x_BT * inverse_p[y_BT] % modulus, modulus + (x_BT == 0).astype(jnp.int32)
@@ -126,7 +126,7 @@ def _activations(rule: Rule, modulus: int, tokens_BT: jax.Array) -> Activations:
 def _copying(tokens_BT: jax.Array, modulus: int) -> jax.Array:
     """At y evenly over z of the matching shots; elsewhere, and without any, the first token."""
     batch, length = tokens_BT.shape[0], tokens_BT.shape[1] - 1
-    match_BSS = interpret.matches(tokens_BT, modulus).astype(jnp.float32)
+    match_BSS = oracles.matches(tokens_BT, modulus).astype(jnp.float32)
     count_BS1 = match_BSS.sum(-1, keepdims=True)
     share_BSS = match_BSS / jnp.maximum(count_BS1, 1)
     weight_BTT = jnp.zeros((batch, length, length), jnp.float32).at[:, :, 0].set(1)

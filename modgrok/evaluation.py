@@ -5,6 +5,7 @@ Axes: W tasks, R sequences of a task, S shots, T tokens.
 
 import functools
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -68,12 +69,17 @@ def score_tasks(
         gate: of zeros and ones, (L,) for all tasks or (W, L): the blocks that a task uses. Those
             that none of a pass uses are not computed.
     Raises:
-        ValueError: if `num_sequences` or `rows` is less than 1.
+        ValueError: if `num_sequences` or `rows` is less than 1, or `gate` has another shape.
     """
     for name, count in (("num_sequences", num_sequences), ("rows", rows)):
         if count < 1:
-            raise ValueError(f"{name}={count} must be at least 1")
-    total = task_W2.shape[0] * num_sequences
+            raise ValueError(f"{name}={count}, expected at least 1")
+    num_tasks = task_W2.shape[0]
+    if gate is not None and gate.shape not in ((cfg.layers,), (num_tasks, cfg.layers)):
+        raise ValueError(
+            f"gate has shape {gate.shape}, expected ({cfg.layers},) or {(num_tasks, cfg.layers)}"
+        )
+    total = num_tasks * num_sequences
     tokens_BT = sequences.sample_sequences(
         key,
         task_W2,
@@ -83,26 +89,19 @@ def score_tasks(
         batch=total,
         num_inputs=num_inputs,
     )
-    devices = 1 if row_sharding is None else row_sharding.num_devices
-    rows = -(-min(rows, total) // devices) * devices
-    # The last pass is filled up with copies of the first row, whose scores are cut off again.
-    padded = jnp.concatenate([tokens_BT, jnp.repeat(tokens_BT[:1], -total % rows, axis=0)])
 
     def forward(part):
-        if row_sharding is not None:
-            part = jax.lax.with_sharding_constraint(part, row_sharding)
+        part = sequences.spread(part, row_sharding)
         if gate is None:
             return answer_loss(params, part, cfg)[1]
         tokens_BT, gate_BL = (part, None) if gate.ndim == 1 else part
         own = gate if gate_BL is None else gate_BL.T
         return answer_loss(params, tokens_BT, cfg, gate=own, skip=True)[1]
 
-    parts = padded.reshape(-1, rows, tokens_BT.shape[1])
+    per_row = tokens_BT
     if gate is not None and gate.ndim == 2:
-        gate_BL = jnp.repeat(gate, num_sequences, axis=0)
-        gate_BL = jnp.concatenate([gate_BL, jnp.repeat(gate_BL[:1], -total % rows, axis=0)])
-        parts = (parts, gate_BL.reshape(-1, rows, gate.shape[1]))
-    scores = jax.lax.map(forward, parts)
+        per_row = (tokens_BT, jnp.repeat(gate, num_sequences, axis=0))
+    scores = jax.lax.map(forward, sequences.in_batches(per_row, rows, row_sharding))
     loss_WS, accuracy_WS = (
         x.reshape(-1, shots)[:total].reshape(-1, num_sequences, shots).mean(1) for x in scores
     )
@@ -130,7 +129,7 @@ def evaluate(
         rows, row_sharding: as in `score_tasks`.
         gates: `gate` of it for seen tasks and for unseen ones, as `latent_depth.task_gates` makes.
     """
-    if isinstance(sequences_per_task, int):
+    if isinstance(sequences_per_task, Integral):
         sequences_per_task = (sequences_per_task, sequences_per_task)
     keys = jax.random.split(key, 4)
     scores = [
@@ -175,11 +174,13 @@ class Transience(NamedTuple):
 def transience(
     step_C: Sequence[int], accuracy_C: Sequence[float], deciding_C: Sequence[float] | None = None
 ) -> Transience:
-    """Accuracy at its best step (the earliest, if several), that step, the last, their difference.
+    """Accuracy at its best step (the earliest of equal ones) and at the last one.
 
     Args:
         deciding_C: accuracy of other tasks, by which the best step is chosen; by `accuracy_C`
             itself if None, which flatters the best: it is then the greatest of noisy numbers.
+    Returns:
+        `Transience`: best, best_step, last, and drop = best - last.
     """
     accuracy_C = np.asarray(accuracy_C, float)
     at = int(np.argmax(accuracy_C if deciding_C is None else deciding_C))

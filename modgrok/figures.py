@@ -13,20 +13,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from modgrok.figure_style import BLUE, GREEN, GREY, SET_TITLES, VERMILION, new_figure, whole_numbers
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+_BLANK = "#DDDDDD"
 # Colour tells seen from unseen tasks, line and marker tell the inputs: readable in grey as well.
-# Colours of Okabe and Ito, which colour-blind readers tell apart.
-_BLUE, _VERMILION, _GREEN = "#0072B2", "#D55E00", "#009E73"
-_GREY, _BLANK = "#666666", "#DDDDDD"
 _STYLES = {
-    "seen_train": ("seen tasks, train inputs", _BLUE, "-", "o"),
-    "seen_heldout": ("seen tasks, held-out inputs", _BLUE, "--", "s"),
-    "unseen_train": ("unseen tasks, train inputs", _VERMILION, "-", "o"),
-    "unseen_heldout": ("unseen tasks, held-out inputs", _VERMILION, "--", "s"),
+    "seen_train": (BLUE, "-", "o"),
+    "seen_heldout": (BLUE, "--", "s"),
+    "unseen_train": (VERMILION, "-", "o"),
+    "unseen_heldout": (VERMILION, "--", "s"),
 }
 SET_NAMES = tuple(_STYLES)
 
@@ -51,10 +50,10 @@ def training_curves(
     for name, column_N in columns.items():
         if column_N.shape != step_N.shape:
             raise ValueError(
-                f"history[{name!r}] has shape {column_N.shape}, wanted {step_N.shape} as step has"
+                f"history[{name!r}] has shape {column_N.shape}, expected {step_N.shape} as step has"
             )
 
-    figure = _new_figure(height=6.6)
+    figure = new_figure(height=6.6)
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 3))
     top.set(title=f"Training loss, p = {modulus}", ylabel="loss (nats per answer)")
     bottom.set(title="Accuracy at the last shot", xlabel="training steps")
@@ -68,11 +67,11 @@ def training_curves(
         else:
             _plot_set(bottom, name, x_N, y_N)
     chance = np.log(modulus)
-    top.axhline(chance, color=_GREY, ls=":", label=f"chance (ln p = {chance:.2f})")
+    top.axhline(chance, color=GREY, ls=":", label=f"chance (ln p = {chance:.2f})")
     _accuracy_axis(bottom, modulus)
     if best_step is not None:
         for axes in (top, bottom):
-            axes.axvline(best_step, color=_GREEN, zorder=1, label=f"best step ({best_step})")
+            axes.axvline(best_step, color=GREEN, zorder=1, label=f"best step ({best_step})")
     top.legend(frameon=False)
     _legend_below(bottom)
     return figure
@@ -93,13 +92,13 @@ def accuracy_by_shots(
         bayes_S, ratio_matching_S: accuracy of the oracles, drawn where given.
     """
     _check_names(accuracy, SET_NAMES)
-    figure = _new_figure(height=5.0)
+    figure = new_figure(height=5.0)
     axes = figure.subplots()
     axes.set(
         title=f"Accuracy by number of examples in context, p = {modulus}",
         xlabel="examples before the query (shots)",
     )
-    _whole_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis)
     for name in SET_NAMES:
         if name in accuracy:
             _plot_set(axes, name, np.arange(len(np.asarray(accuracy[name]))), accuracy[name])
@@ -136,18 +135,18 @@ def task_map(
     ):
         if np.shape(accuracy_W) != (len(task_W2),):
             raise ValueError(
-                f"{name} accuracy has shape {np.shape(accuracy_W)}, wanted ({len(task_W2)},)"
+                f"{name} accuracy has shape {np.shape(accuracy_W)}, expected ({len(task_W2)},)"
             )
         if np.any((task_W2 < 0) | (task_W2 >= modulus)):
-            raise ValueError(f"{name} tasks reach outside 0..{modulus - 1}")
+            raise ValueError(f"{name} tasks reach outside, expected from 0 to {modulus - 1}")
         accuracy_PP[task_W2[:, 1], task_W2[:, 0]] = accuracy_W  # b upwards, a to the right
 
-    figure = _new_figure(height=6.2)
+    figure = new_figure(height=6.2)
     axes = figure.subplots()
     axes.set(title=f"Accuracy on each task z = a x + b y mod {modulus}", xlabel="a", ylabel="b")
     axes.set_facecolor(_BLANK)
     for axis in (axes.xaxis, axes.yaxis):
-        _whole_numbers(axis)
+        whole_numbers(axis)
     image = axes.imshow(accuracy_PP, origin="lower", cmap="viridis", vmin=0, vmax=1)
     figure.colorbar(image, label="accuracy (fraction right)")
     if len(unseen_U2):
@@ -166,26 +165,14 @@ def task_map(
     return figure
 
 
-def _new_figure(height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(7.0, height), dpi=150, layout="constrained")
-
-
-def _whole_numbers(axis: "Axis") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True))
-
-
 def _accuracy_axis(axes: "Axes", modulus: int) -> None:
     axes.set(ylabel="accuracy (fraction right)", ylim=(-0.02, 1.02))
-    axes.axhline(1 / modulus, color=_GREY, ls=":", label=f"chance (1/p = {1 / modulus:.3f})")
+    axes.axhline(1 / modulus, color=GREY, ls=":", label=f"chance (1/p = {1 / modulus:.3f})")
 
 
 def _plot_set(axes: "Axes", name: str, x_N: ArrayLike, accuracy_N: ArrayLike) -> None:
-    label, color, line, marker = _STYLES[name]
-    axes.plot(x_N, accuracy_N, color=color, ls=line, marker=marker, ms=4, label=label)
+    color, line, marker = _STYLES[name]
+    axes.plot(x_N, accuracy_N, color=color, ls=line, marker=marker, ms=4, label=SET_TITLES[name])
 
 
 def _legend_below(axes: "Axes") -> None:
@@ -195,4 +182,4 @@ def _legend_below(axes: "Axes") -> None:
 def _check_names(names: Iterable[str], known: tuple[str, ...]) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown name {name!r}, wanted one of {', '.join(known)}")
+            raise ValueError(f"unknown name {name!r}, expected one of {', '.join(known)}")

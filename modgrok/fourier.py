@@ -65,7 +65,7 @@ def discrete_log(modulus: int, base: int | None = None) -> np.ndarray:
     base = primitive_root(modulus) if base is None else base
     powers = [pow(base, k, modulus) for k in range(modulus - 1)]
     if len(set(powers)) != modulus - 1:
-        raise ValueError(f"base={base} is not a primitive root mod {modulus}")
+        raise ValueError(f"base={base}, expected a primitive root mod {modulus}")
     log_p = np.full(modulus, -1)
     log_p[powers] = np.arange(modulus - 1)
     return log_p
@@ -75,9 +75,9 @@ def discrete_log(modulus: int, base: int | None = None) -> np.ndarray:
 def _basis(modulus: int, kind: Kind) -> _Basis:
     check_modulus(modulus)
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
+        raise ValueError(f"kind={kind!r}, expected one of {', '.join(KINDS)}")
     if modulus < 5:
-        raise ValueError(f"modulus={modulus} has too few residues for modes, wanted 5 or more")
+        raise ValueError(f"modulus={modulus} has too few residues for modes, expected 5 or more")
     order = modulus if kind == "additive" else modulus - 1
     place_p = np.arange(modulus) if kind == "additive" else discrete_log(modulus)
     rows, cos, sin = [np.ones(modulus)], [], []
@@ -190,7 +190,7 @@ def shuffled(
 
 def _check_axes(value: jax.Array, wanted: tuple[int, ...]) -> None:
     if value.shape[-len(wanted) :] != wanted:
-        raise ValueError(f"value has shape {value.shape}, wanted it to end in {wanted}")
+        raise ValueError(f"value has shape {value.shape}, expected it to end in {wanted}")
 
 
 def _project(value: jax.Array, basis: _Basis, axes: int) -> jax.Array:

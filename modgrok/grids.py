@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jax.tree_util import Partial
 
 from modgrok import interpret, oracles
 from modgrok.tasks import check_modulus
@@ -43,7 +42,7 @@ def shot_grids(
     predict: Callable[[jax.Array], jax.Array],
     context_CT: jax.Array,
     task_C2: jax.Array,
-    shot_K: jax.Array,
+    shot_K: np.ndarray,
     *,
     modulus: int,
     rows: int = 128,
@@ -58,20 +57,22 @@ def shot_grids(
         predict: whole sequences tokens_BT -> logits or probabilities of the answers, (B, S, V).
             The answer to shot k must not depend on later tokens.
         context_CT: whole sequences, of which the first k examples count.
-        task_C2: (a, b) of each.   shot_K: numbers of examples k, from 0 to S - 1.
+        task_C2: (a, b) of each.   shot_K: numbers of examples k, from 0 to S - 1; concrete.
         rows: sequences in one call of `predict`, which bounds memory.
         row_sharding: spreads these over devices.
+    Raises:
+        ValueError: if contexts are not whole sequences, one a task, or a k is not one of these.
     """
     check_modulus(modulus)
     if context_CT.ndim != 2 or context_CT.shape[1] % 3 or context_CT.shape[0] != len(task_C2):
         raise ValueError(
-            f"context_CT has shape {context_CT.shape}, wanted {len(task_C2)} whole sequences, one "
-            "for each task"
+            f"context_CT has shape {context_CT.shape}, expected {len(task_C2)} whole sequences, "
+            "one for each task"
         )
     shots, shot_K = context_CT.shape[1] // 3, np.asarray(shot_K)
     if ((shot_K < 0) | (shot_K >= shots)).any():
-        raise ValueError(f"shot_K={shot_K.tolist()}: wanted numbers from 0 to {shots - 1}")
-    predict = predict if isinstance(predict, Partial) else Partial(predict)
+        raise ValueError(f"shot_K={shot_K.tolist()}, expected numbers from 0 to {shots - 1}")
+    predict = oracles.as_partial(predict)
     options = {"modulus": modulus, "rows": rows, "row_sharding": row_sharding}
     return _shot_grids(predict, context_CT, task_C2, shot_K, **options)
 

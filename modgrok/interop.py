@@ -38,6 +38,9 @@ def from_state_dict(
         heads: number of attention heads; needed only when no rotary frequencies are there.
     Returns:
         (cfg, params), the pair that `modgrok.model.apply` takes.
+    Raises:
+        ValueError: if an entry is missing, unknown, there twice, or of another shape or type than
+            the others ask for; names it, what it has and what was expected.
     """
     arrays = _strip_prefixes(arrays)
     embedding = "transformer.wte.weight"
@@ -63,7 +66,9 @@ def from_state_dict(
         if name not in arrays or arrays[name].shape != shape:
             raise _misfit(arrays, name, shape)
         if not jnp.issubdtype(arrays[name].dtype, jnp.floating):
-            raise ValueError(f"entry {name} has dtype {arrays[name].dtype}, wanted a floating one")
+            raise ValueError(
+                f"entry {name} has dtype {arrays[name].dtype}, expected a floating one"
+            )
     _check_fixed(arrays, cfg)
     return cfg, _to_params(arrays, cfg)
 
@@ -75,7 +80,7 @@ def to_state_dict(params: Params, cfg: Config) -> dict[str, np.ndarray]:
         ValueError: if `params` are not of `cfg`, or it is post-norm, which the reference is not.
     """
     if cfg.norm != "pre":
-        raise ValueError(f"norm={cfg.norm!r}: the reference's models have norm='pre'")
+        raise ValueError(f"norm={cfg.norm!r}, expected 'pre' as the reference's models have")
     blocks = flatten_dict(params["blocks"], sep="/")
     arrays = {"transformer.wte.weight": params["embedding"]}
     for layer in range(cfg.layers):
@@ -87,7 +92,7 @@ def to_state_dict(params: Params, cfg: Config) -> dict[str, np.ndarray]:
             else:
                 raise ValueError(
                     f"blocks/{path} has shape {blocks[path].shape}, "
-                    f"wanted {(cfg.layers, *our_shape)} for {cfg}"
+                    f"expected {(cfg.layers, *our_shape)} for {cfg}"
                 )
             arrays[f"transformer.h.{layer}.{name}"] = value
     arrays["transformer.ln_f.weight"] = params["ln_f"]["scale"]
@@ -108,6 +113,10 @@ def load_reference(path: str | Path, *, heads: int | None = None) -> tuple[Confi
         path: the file.   heads: as in `from_state_dict`.
     Returns:
         (cfg, params).
+    Raises:
+        ValueError: if the suffix is another, the file cannot be read, or `from_state_dict` refuses
+            what it holds.
+        ImportError: if it is a `.pt` or `.pth` file and torch is not installed.
     """
     path = Path(path)
     _check_suffix(path)
@@ -214,14 +223,14 @@ def _check_fixed(arrays: Mapping[str, np.ndarray], cfg: Config) -> None:
         if not np.allclose(freqs, wanted, rtol=1e-5, atol=0):
             worst = np.argmax(~np.isclose(freqs, wanted, rtol=1e-5, atol=0))
             raise ValueError(
-                f"entry {name} has {freqs[worst]:.6g} at {worst}, wanted {wanted[worst]:.6g}: "
+                f"entry {name} has {freqs[worst]:.6g} at {worst}, expected {wanted[worst]:.6g}: "
                 "only fixed frequencies 10000^(-2i/K) are supported"
             )
     embedding = arrays["transformer.wte.weight"]
     if not np.array_equal(arrays.get("lm_head.weight", embedding), embedding):
         raise ValueError(
-            f"entry lm_head.weight {embedding.shape} differs from transformer.wte.weight, wanted "
-            "equal values: only tied embeddings are supported"
+            f"entry lm_head.weight {embedding.shape} differs from transformer.wte.weight, "
+            "expected equal values: only tied embeddings are supported"
         )
 
 
@@ -233,12 +242,12 @@ def _frequencies(cfg: Config) -> np.ndarray:
 
 def _misfit(arrays: Mapping[str, np.ndarray], name: str, wanted: object) -> ValueError:
     found = f"has shape {arrays[name].shape}" if name in arrays else "is missing"
-    return ValueError(f"entry {name} {found}, wanted shape {wanted}")
+    return ValueError(f"entry {name} {found}, expected shape {wanted}")
 
 
 def _check_suffix(path: Path) -> None:
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path}: suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
 
 
 def _import_torch() -> Any:
@@ -265,10 +274,10 @@ def _decode(data: bytes, suffix: str) -> Mapping[str, np.ndarray]:
     if isinstance(entries, dict):
         entries = next((entries[k] for k in _WRAPPERS if isinstance(entries.get(k), dict)), entries)
     if not isinstance(entries, dict):
-        raise ValueError(f"holds a {type(entries).__name__}, wanted a state dict")
+        raise ValueError(f"holds a {type(entries).__name__}, expected a state dict")
     for name, value in entries.items():
         if not isinstance(name, str) or not torch.is_tensor(value):
-            raise ValueError(f"entry {name} is a {type(value).__name__}, wanted a tensor")
+            raise ValueError(f"entry {name} is a {type(value).__name__}, expected a tensor")
     # Floats of every width end as float32; numpy lacks torch's bfloat16.
     return {
         name: (value.float() if value.is_floating_point() else value).detach().numpy()

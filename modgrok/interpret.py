@@ -25,7 +25,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from modgrok.model import Config, Params, apply
-from modgrok.tasks import check_modulus
+from modgrok.oracles import matches
+from modgrok.sequences import in_batches, spread
+from modgrok.tasks import check_modulus, inverses
 
 
 class Subject(NamedTuple):
@@ -112,13 +114,15 @@ def attention_scores(
         tokens_BT: whole sequences of one token more, which is not looked at.
     Returns:
         `AttentionScores`; ratio is NaN if no query has a matching shot, ratio_choice also for a
-        head that never looks at earlier answers.
+        head that never looks at earlier answers (and jax_debug_nans then raises).
+    Raises:
+        ValueError: if the two have other lengths, or `modulus` is no prime.
     """
     length = attention_LBHTT.shape[-1]
     if tokens_BT.shape[1] != length + 1 or tokens_BT.shape[1] % 3:
         raise ValueError(
-            f"tokens_BT has shape {tokens_BT.shape} and attention {attention_LBHTT.shape}, wanted "
-            "whole sequences of 3 S tokens and weights of the 3 S - 1 that are read"
+            f"tokens_BT has shape {tokens_BT.shape} and attention {attention_LBHTT.shape}, "
+            "expected whole sequences of 3 S tokens and weights of the 3 S - 1 that are read"
         )
     check_modulus(modulus)
     mean_LHTT = attention_LBHTT.mean(1)
@@ -150,20 +154,6 @@ def _by_phase(weight_LHX: jax.Array, offset: int) -> jax.Array:
     return jnp.stack(means, axis=-1)
 
 
-def matches(tokens_BT: jax.Array, modulus: int) -> jax.Array:
-    """Whether the input of an earlier shot is on the query's line: match_BSS, query before example.
-
-    On one line through the origin means x y_i = y x_i mod p; inputs (0, 0) match nothing.
-    """
-    check_modulus(modulus)
-    x_BS, y_BS = tokens_BT[:, ::3], tokens_BT[:, 1::3]
-    cross_BSS = x_BS[:, :, None] * y_BS[:, None] - y_BS[:, :, None] * x_BS[:, None]
-    nonzero_BS = (x_BS != 0) | (y_BS != 0)
-    earlier_SS = jnp.tri(x_BS.shape[1], k=-1, dtype=bool)
-    both_BSS = nonzero_BS[:, :, None] & nonzero_BS[:, None]
-    return (cross_BSS % modulus == 0) & both_BSS & earlier_SS
-
-
 def uniform_attention(batch: int, length: int) -> jax.Array:
     """Causal attention that looks at everything alike, (1, B, 1, T, T): the baseline of scores."""
     lower_TT = jnp.tri(length, dtype=jnp.float32)
@@ -180,11 +170,13 @@ def input_grid(context_T: jax.Array, task_2: jax.Array, *, modulus: int, shot: i
             since the answer to the last one is not read.
     Returns:
         p^2 sequences, x slowest, cut off after the shot that follows.
+    Raises:
+        ValueError: if `shot` is not one of these.
     """
     check_modulus(modulus)
     shots = context_T.shape[0] // 3
     if not 0 <= shot < shots - 1:
-        raise ValueError(f"shot={shot} must be between 0 and {shots - 2}, before the last one")
+        raise ValueError(f"shot={shot}, expected from 0 to {shots - 2}, before the last one")
     x_N, y_N = jnp.divmod(jnp.arange(modulus**2, dtype=jnp.int32), modulus)
     z_N = (task_2[0] * x_N + task_2[1] * y_N) % modulus
     tokens_NT = jnp.tile(jnp.asarray(context_T[: 3 * shot + 6], jnp.int32), (modulus**2, 1))
@@ -205,17 +197,12 @@ def map_rows(
     """
     if row_sharding is None:
         return jax.lax.map(one, value_NX, batch_size=rows)
-    total, devices = len(value_NX), row_sharding.num_devices
-    rows = -(-min(rows, total) // devices) * devices
-    # The last time is filled up with copies of the first row, whose results are cut off again.
-    padded_NX = jnp.concatenate([value_NX, jnp.repeat(value_NX[:1], -total % rows, axis=0)])
     results = jax.lax.map(
-        lambda part: jax.vmap(one)(jax.lax.with_sharding_constraint(part, row_sharding)),
-        padded_NX.reshape(-1, rows, *value_NX.shape[1:]),
+        lambda part: jax.vmap(one)(spread(part, row_sharding)),
+        in_batches(value_NX, rows, row_sharding),
     )
-    everywhere = NamedSharding(row_sharding.mesh, PartitionSpec())
-    results = jax.lax.with_sharding_constraint(results, everywhere)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], results)
+    results = spread(results, NamedSharding(row_sharding.mesh, PartitionSpec()))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(value_NX)], results)
 
 
 @functools.partial(jax.jit, static_argnames=("shot", "rows", "row_sharding"))
@@ -264,7 +251,7 @@ def principal_components(feature_GND: jax.Array, *, components: int) -> Componen
     """
     rows, width = feature_GND.shape[-2:]
     if not 1 <= components <= min(rows, width):
-        raise ValueError(f"components={components} must be between 1 and {min(rows, width)}")
+        raise ValueError(f"components={components}, expected from 1 to {min(rows, width)}")
 
     def one(feature_ND):
         feature_ND = jnp.asarray(feature_ND, jnp.float32)
@@ -313,19 +300,19 @@ def ratio_similarity(
     Args:
         feature_GND: rows are all p^2 inputs, x slowest.   num: R.
     Raises:
-        ValueError: if p < 5, for which there are no pairs between.
+        ValueError: if p < 5, for which there are no pairs between, or rows are not p^2.
     """
     check_modulus(modulus)
     if modulus < 5:
-        raise ValueError(f"modulus={modulus} leaves no pairs between ratios, wanted 5 or more")
+        raise ValueError(f"modulus={modulus} leaves no pairs between ratios, expected 5 or more")
     if feature_GND.shape[-2] != modulus**2:
         raise ValueError(
-            f"feature_GND has shape {feature_GND.shape}, wanted p^2 = {modulus**2} rows each"
+            f"feature_GND has shape {feature_GND.shape}, expected p^2 = {modulus**2} rows each"
         )
     side = modulus - 1
-    inverse_p = np.array([0] + [pow(v, -1, modulus) for v in range(1, modulus)])
     nonzero = np.arange(1, modulus)
-    ratio = nonzero[:, None] * inverse_p[nonzero] % modulus - 1  # of (x, y), from 0 to p - 2
+    # Of (x, y), from 0 to p - 2.
+    ratio = nonzero[:, None] * inverses(modulus)[nonzero] % modulus - 1
     orders = jax.vmap(lambda k: jax.random.permutation(k, side))(jax.random.split(key, num))
     orders = jnp.concatenate([jnp.arange(side, dtype=orders.dtype)[None], orders])
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from modgrok.figure_style import BLUE, GREEN, GREY, VERMILION, new_figure
 from modgrok.fourier import discrete_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BLUE, _VERMILION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-_COLORS = (_BLUE, _VERMILION, _GREEN, "#CC79A7", "#E69F00", "#56B4E9", "black")
+_COLORS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "black")
 _DPI = 110
 
 
@@ -86,7 +86,7 @@ def circle_of_circles(score_N2: ArrayLike, *, modulus: int, title: str = "") -> 
     """
     score_N2 = np.asarray(score_N2)
     if score_N2.shape != (modulus**2, 2):
-        raise ValueError(f"score_N2 has shape {score_N2.shape}, wanted ({modulus**2}, 2)")
+        raise ValueError(f"score_N2 has shape {score_N2.shape}, expected ({modulus**2}, 2)")
     log_p = discrete_log(modulus)
     figure, axes_12 = _grid(1, 2, 3.6)
     loop = np.argsort(log_p)[1:]
@@ -101,7 +101,7 @@ def circle_of_circles(score_N2: ArrayLike, *, modulus: int, title: str = "") -> 
         dots = axes.scatter(
             *score_N2[~zero_N].T, c=log_p[token_N[~zero_N]], cmap="twilight", s=14, zorder=2
         )
-        axes.scatter(*score_N2[zero_N].T, color=_GREEN, marker="s", s=14, zorder=3)
+        axes.scatter(*score_N2[zero_N].T, color=GREEN, marker="s", s=14, zorder=3)
         axes.set_aspect("equal", "datalim")
         axes.set(xlabel="component 1", ylabel="component 2")
         figure.colorbar(dots, ax=axes, label=f"log {name} (square: {name} = 0)")
@@ -116,7 +116,7 @@ def embedding_components(score_p3: ArrayLike, *, modulus: int) -> "Figure":
     figure, axes_12 = _grid(1, 2, 3.6)
     for axes, (i, j) in zip(axes_12[0], [(0, 1), (1, 2)], strict=True):
         for token in range(modulus):
-            color = _GREEN if token == 0 else (_BLUE, _VERMILION)[log_p[token] % 2]
+            color = GREEN if token == 0 else (BLUE, VERMILION)[log_p[token] % 2]
             axes.scatter(score_p3[token, i], score_p3[token, j], color=color, s=16)
             name = "0" if token == 0 else f"{token} (log {log_p[token]})"
             axes.annotate(
@@ -136,10 +136,10 @@ def token_spectrum(
         axes_12[0], ("log", "additive"), (log_Q, additive_Q), strict=True
     ):
         share_Q = np.asarray(share_Q)
-        axes.bar(np.arange(1, len(share_Q) + 1), share_Q, color=_BLUE)
+        axes.bar(np.arange(1, len(share_Q) + 1), share_Q, color=BLUE)
         if name == "log":
-            axes.bar([0], [zero], color=_GREEN, label="zero token")
-        axes.axhline(limit[name], color=_GREY, ls="--", label="shuffled tokens, 95 %")
+            axes.bar([0], [zero], color=GREEN, label="zero token")
+        axes.axhline(limit[name], color=GREY, ls="--", label="shuffled tokens, 95 %")
         axes.set(title=f"{name} basis", xlabel="frequency")
         axes.legend(frameon=False, fontsize=7)
     axes_12[0, 0].set_ylabel("share of variance")
@@ -160,8 +160,8 @@ def neuron_fits(
         for layer in range(layers):
             axes = axes_KL[row, layer]
             for label, values, color in (
-                ("network", np.asarray(share[name])[layer], _BLUE),
-                ("shuffled tokens", np.asarray(shuffled[name])[..., layer, :].ravel(), _GREY),
+                ("network", np.asarray(share[name])[layer], BLUE),
+                ("shuffled tokens", np.asarray(shuffled[name])[..., layer, :].ravel(), GREY),
             ):
                 axes.hist(
                     values, np.linspace(0, 1, num_bins + 1), density=True, histtype="step",
@@ -241,7 +241,7 @@ def patching_map(
     axes.set_xticks(ticks, [f"x{t // 3}" for t in ticks], fontsize=6)
     axes.set_yticks(range(layers), layer_L)
     axes.set(ylabel="after layer", xlabel="patched position (shot from 0)")
-    axes.axvline(3 * match + 2, color=_GREEN, lw=0.8)
+    axes.axvline(3 * match + 2, color=GREEN, lw=0.8)
     figure.colorbar(image, ax=axes, label="share recovered")
     return figure
 
@@ -281,9 +281,7 @@ def curves(
 def _grid(
     rows: int, columns: int, height: float, width: float | None = None, **options: Any
 ) -> "tuple[Figure, np.ndarray]":
-    from matplotlib.figure import Figure
-
-    size = (width or 0.8 + 1.1 * height * columns, 0.5 + height * rows)
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    width = width or 0.8 + 1.1 * height * columns
+    figure = new_figure(0.5 + height * rows, width, _DPI)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, axes

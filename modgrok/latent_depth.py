@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modgrok.model import Config, Params
+from modgrok.model import Config, Params, attention_parts
 
 PRIORS = ("uniform", "aggregated", "beta")
 _TINY = 1e-7
@@ -37,7 +37,7 @@ class LatentConfig:
         groups: G.
         target_depth: K, what the expected depth is driven to; None leaves depth to the prior.
         prior: of a gate: "uniform" is 1/2, "aggregated" the mean of q over groups, held fixed,
-            "beta" a density Beta(*beta) of q, with both numbers at least 1 and one more.
+            "beta" a density Beta(*beta) of q, both numbers at least 1 and not both 1.
         kl_weight, depth_weight, share_weight, entropy_weight: of the terms of `penalty`, in nats.
             A closed gate opens again only while more than entropy_weight / (2 depth_weight)
             blocks are missing of target_depth.
@@ -68,26 +68,26 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         if self.groups < 1:
-            raise ValueError(f"groups={self.groups} must be at least 1")
+            raise ValueError(f"groups={self.groups}, expected at least 1")
         if self.prior not in PRIORS:
-            raise ValueError(f"prior={self.prior!r} is not one of {', '.join(PRIORS)}")
+            raise ValueError(f"prior={self.prior!r}, expected one of {', '.join(PRIORS)}")
         if self.loop not in ("joint", "groups"):
-            raise ValueError(f"loop={self.loop!r} is not one of 'joint', 'groups'")
+            raise ValueError(f"loop={self.loop!r}, expected 'joint' or 'groups'")
         if len(self.beta) != 2 or min(self.beta) < 1 or sum(self.beta) <= 2:
             raise ValueError(
-                f"beta={self.beta} must be two numbers of at least 1, not both 1: else its "
+                f"beta={self.beta}, expected two numbers of at least 1, not both 1: else its "
                 "density has no single greatest value"
             )
         for name in ("soft_steps", "anneal_steps"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least 0")
         for name in ("kl_weight", "depth_weight", "share_weight", "entropy_weight", "lr"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be finite and at least 0")
+                raise ValueError(f"{name}={getattr(self, name)}, expected finite and at least 0")
         if not 0 < self.tau < float("inf"):
-            raise ValueError(f"tau={self.tau} must be finite and above 0")
+            raise ValueError(f"tau={self.tau}, expected finite and above 0")
         if self.target_depth is not None and not self.target_depth > 0:
-            raise ValueError(f"target_depth={self.target_depth} must be above 0, or None")
+            raise ValueError(f"target_depth={self.target_depth}, expected above 0, or None")
 
     @property
     def ramp_end(self) -> int:
@@ -97,10 +97,10 @@ class LatentConfig:
     def check(self, cfg: Config) -> None:
         """Raises ValueError if the decoder cannot have these gates."""
         if cfg.norm != "pre":
-            raise ValueError(f"latent depth needs norm='pre', got norm={cfg.norm!r}")
+            raise ValueError(f"norm={cfg.norm!r}, expected 'pre' with latent depth")
         if self.target_depth is not None and self.target_depth > cfg.layers:
             raise ValueError(
-                f"target_depth={self.target_depth:g} is more than the layers={cfg.layers}"
+                f"target_depth={self.target_depth:g}, expected at most layers={cfg.layers}"
             )
 
 
@@ -165,19 +165,32 @@ def rounded(logits_XL: jax.Array) -> jax.Array:
     return (logits_XL > 0).astype(jnp.float32)
 
 
-def mean_gates(logits_XL: jax.Array) -> jax.Array:
-    """The expected gates, sigmoid(A)."""
-    return jax.nn.sigmoid(logits_XL)
-
-
 def shared_logits(logits_GL: jax.Array) -> jax.Array:
     """logits_L of a task that is in no group: the mean over groups."""
     return logits_GL.mean(0)
 
 
+def check_groups(group_X: jax.Array | np.ndarray, num: int, groups: int) -> None:
+    """Raises ValueError unless these are `num` ids from 0 to groups - 1.
+
+    Inside jit, where ids are traced, their number is all that can be looked at.
+    """
+    if np.shape(group_X) != (num,):
+        raise ValueError(f"groups have shape {np.shape(group_X)}, expected ({num},)")
+    if isinstance(group_X, jax.core.Tracer):
+        return
+    low, high = int(np.min(group_X)), int(np.max(group_X))
+    if low < 0 or high >= groups:
+        raise ValueError(f"groups from {low} to {high}, expected ids from 0 to {groups - 1}")
+
+
 def rows_of(gate_GL: jax.Array, group_B: jax.Array | None) -> jax.Array:
     """The `gate` of `model.apply` for rows of these groups: (L, B), or (L,) of a single group."""
-    return gate_GL[0] if gate_GL.shape[0] == 1 else gate_GL[group_B].T
+    if gate_GL.shape[0] == 1:
+        return gate_GL[0]
+    if group_B is None:
+        raise ValueError(f"{gate_GL.shape[0]} groups, expected the group of each task or row")
+    return gate_GL[group_B].T
 
 
 def task_gates(params: Params, group_W: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -187,8 +200,12 @@ def task_gates(params: Params, group_W: jax.Array | None = None) -> tuple[jax.Ar
         group_W: group of each trained task; not needed for one group.
     Returns:
         ((L,) for one group, else (W, L)), and (L,): unseen tasks have the mean of the logits.
+    Raises:
+        ValueError: if there are several groups and no `group_W`, or `check_groups` refuses it.
     """
     logits_GL = params["gates"]["logits_GL"]
+    if group_W is not None:
+        check_groups(group_W, len(group_W), logits_GL.shape[0])
     seen = rounded(rows_of(logits_GL, group_W).T)
     return seen, rounded(shared_logits(logits_GL))
 
@@ -387,18 +404,21 @@ def pruned_config(cfg: Config, keep_L: np.ndarray) -> Config:
 def forward_flops(cfg: Config, *, shots: int, keep_L: Sequence[bool] | None = None) -> int:
     """Flops of the matrix products of one sequence's forward pass, blocks that are kept only.
 
-    2 for each multiply-add. Counts what the pruned network (`prune`) computes: causal pairs in the
-    attention, the last kept block at answer positions only. (Left out is its saving on the first
+    2 for each multiply-add. Counts what the pruned network (`prune`) computes: in the attention the
+    pairs that `model.attention_parts` leaves (of short sequences all, and not the causal ones
+    alone), the last kept block at answer positions only. (Left out is its saving on the first
     block, whose projections are of V ids and not of B T tokens: it depends on the batch. The whole
     network with skip=True has neither saving: blocks it computes are at all positions.)
     """
     kept = cfg.layers if keep_L is None else int(np.sum(np.asarray(keep_L, bool)))
     length, width = 3 * shots - 1, cfg.width
-    every, answers = range(length), range(1, length, 3)
+    every = np.arange(length)
+    answers = every[1::3]
 
-    def block(scored):
-        pairs = sum(position + 1 for position in scored)
-        projections = width**2 * (2 * length + (2 + 2 * cfg.mlp_ratio) * len(scored))
+    def block(query_T):
+        parts = attention_parts(length, query_T)
+        pairs = sum(len(query_T[rows]) * stop for rows, stop in parts)
+        projections = width**2 * (2 * length + (2 + 2 * cfg.mlp_ratio) * len(query_T))
         return projections + 2 * width * pairs
 
     total = cfg.vocab * width * len(answers)

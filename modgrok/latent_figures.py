@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from modgrok.figures import _BLUE, _GREY, _VERMILION, _new_figure, _whole_numbers
+from modgrok.figure_style import BLUE, GREY, VERMILION, new_figure, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,18 +25,18 @@ def posterior_map(inclusion_GL: ArrayLike, *, group_names: Sequence[str] | None 
     """
     inclusion_GL = np.asarray(inclusion_GL, float)
     if inclusion_GL.ndim != 2:
-        raise ValueError(f"inclusion_GL has shape {inclusion_GL.shape}, wanted (groups, layers)")
+        raise ValueError(f"inclusion_GL has shape {inclusion_GL.shape}, expected (groups, layers)")
     groups, layers = inclusion_GL.shape
     if group_names is not None and len(group_names) != groups:
         raise ValueError(f"group_names has {len(group_names)} names for {groups} groups")
-    figure = _new_figure(height=2.4 + 0.25 * min(groups, 24))
+    figure = new_figure(height=2.4 + 0.25 * min(groups, 24))
     axes = figure.subplots()
     axes.set(title="Posterior of the gates", xlabel="block", ylabel="group of tasks")
     image = axes.imshow(inclusion_GL, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     figure.colorbar(image, label="probability of the block")
     group_K, layer_K = np.nonzero(inclusion_GL > 0.5)
     axes.scatter(layer_K, group_K, s=12, color="black", label="kept")
-    _whole_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis)
     axes.set_yticks(range(groups), group_names or [str(g) for g in range(groups)])
     depth_G = inclusion_GL.sum(1)
     axes.set_title(
@@ -57,11 +57,11 @@ def depth_curves(history: Mapping[str, ArrayLike], *, target: float | None = Non
         if name not in history:
             raise ValueError(f"history lacks the column {name}")
     step_N = np.asarray(history["step"], float)
-    figure = _new_figure(height=5.0)
+    figure = new_figure(height=5.0)
     top, bottom = figure.subplots(2, sharex=True)
     for axes, name, color in (
-        (top, "expected_depth", _BLUE),
-        (bottom, "gate_variance", _VERMILION),
+        (top, "expected_depth", BLUE),
+        (bottom, "gate_variance", VERMILION),
     ):
         y_N = np.asarray(history[name], float)
         there_N = np.isfinite(y_N)
@@ -70,20 +70,20 @@ def depth_curves(history: Mapping[str, ArrayLike], *, target: float | None = Non
     top.set(title="Expected depth", ylabel="blocks")
     bottom.set(title="Undecided gates", ylabel="mean of q (1 - q)", xlabel="training steps")
     if target is not None:
-        top.axhline(target, color=_GREY, ls=":", label=f"target ({target:g})")
+        top.axhline(target, color=GREY, ls=":", label=f"target ({target:g})")
         top.legend(frameon=False)
     return figure
 
 
 def gradient_by_block(norms: Mapping[str, Sequence[float]], *, title: str = "") -> "Figure":
     """Gradient norm of each block's parameters, one curve for each name, logarithmic."""
-    figure = _new_figure(height=4.0)
+    figure = new_figure(height=4.0)
     axes = figure.subplots()
     axes.set(title=title or "Gradients", xlabel="block", ylabel="gradient norm", yscale="log")
     for name, norm_L in norms.items():
         # A closed block has gradient 0, which a logarithm does not show: a gap.
         norm_L = np.asarray(norm_L, float)
         axes.plot(np.where(norm_L > 0, norm_L, np.nan), marker=".", lw=0.8, label=name)
-    _whole_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis)
     axes.legend(frameon=False, fontsize="small", ncols=2)
     return figure

@@ -54,18 +54,18 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("vocab", "width", "heads", "layers", "mlp_ratio"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
         if self.head_size % 2:
             raise ValueError(
                 f"width={self.width} over heads={self.heads} gives heads of {self.head_size} "
-                "channels, which rotary positions need to be even"
+                "channels, expected an even number for rotary positions"
             )
         if self.norm not in ("pre", "post"):
-            raise ValueError(f"norm={self.norm!r} is not one of 'pre', 'post'")
+            raise ValueError(f"norm={self.norm!r}, expected 'pre' or 'post'")
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype!r} is not one of 'float32', 'bfloat16'")
+            raise ValueError(f"dtype={self.dtype!r}, expected 'float32' or 'bfloat16'")
 
     @property
     def head_size(self) -> int:
@@ -243,19 +243,23 @@ class Block(nn.Module):
         return h_BTD, (attention_BHTT, head_BTHK, hidden_BTF)
 
 
-def _attend(
-    q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array, query_T: np.ndarray
-) -> tuple[jax.Array, jax.Array]:
-    """Causal attention of queries at positions query_T: the weights, and what they pick.
+def attention_parts(length: int, query_T: np.ndarray) -> list[tuple[slice, int]]:
+    """Which queries are scored with the keys before which position: (slice of query_T, stop).
 
     A long sequence is done in two halves: the first half of the queries needs no scores with keys
     after its last one, a quarter of all.
     """
-    length, scale = k_BHTK.shape[2], k_BHTK.shape[3] ** -0.5
     halves = np.array_split(np.arange(len(query_T)), 2 if length >= _LONG else 1)
+    return [(slice(half[0], half[-1] + 1), int(query_T[half[-1]]) + 1) for half in halves]
+
+
+def _attend(
+    q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array, query_T: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of queries at positions query_T: the weights, and what they pick."""
+    length, scale = k_BHTK.shape[2], k_BHTK.shape[3] ** -0.5
     attention, picked = [], []
-    for half in halves:
-        rows, stop = slice(half[0], half[-1] + 1), query_T[half[-1]] + 1
+    for rows, stop in attention_parts(length, query_T):
         score_BHTT = scale * jnp.einsum(
             "bhtk,bhsk->bhts",
             q_BHTK[:, :, rows],
@@ -315,26 +319,11 @@ class Transformer(nn.Module):
                 proportional to the blocks that are open; without reverse-mode gradients.
             patch: activations to replace; needs positions="all".
         Raises:
-            ValueError: if T is not a positive multiple of 3, or an option is unknown.
+            ValueError: if T is not a positive multiple of 3, an option is unknown, or options do
+                not go together.
         """
-        cfg, length = self.cfg, tokens_BT.shape[1]
-        if length < 3 or length % 3:
-            raise ValueError(f"tokens_BT has {length} tokens a row, not a multiple of 3")
-        if positions not in ("answers", "all"):
-            raise ValueError(f"positions={positions!r} is not one of 'answers', 'all'")
-        patched = any(x is not None for x in patch)
-        if (capture or patched) and positions != "all":
-            raise ValueError(f"capture and patch need positions='all', got {positions!r}")
-        if skip and (gate is None or capture or patched):
-            raise ValueError("skip=True needs a gate, and neither capture nor patch")
-        if gate is not None:
-            if cfg.norm != "pre":
-                raise ValueError(f"gates need norm='pre', got {cfg.norm!r}")
-            rows = tokens_BT.shape[:1]
-            if gate.shape not in ((cfg.layers,), (cfg.layers, *rows)):
-                raise ValueError(
-                    f"gate has shape {gate.shape}, wanted ({cfg.layers},) or {(cfg.layers, *rows)}"
-                )
+        cfg = self.cfg
+        _check_call(cfg, tokens_BT, positions, capture, gate, skip, patch)
         tokens_BT = tokens_BT[:, :-1]
         embedding_VD = self.param("embedding", _normal(0.02), (cfg.vocab, cfg.width))
         block = Block(cfg, parent=None)
@@ -370,6 +359,26 @@ class Transformer(nn.Module):
             return logits
         layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *captured)
         return logits, Activations(start_BTD, *layers)
+
+
+def _check_call(cfg, tokens_BT, positions, capture, gate, skip, patch):
+    rows, length = tokens_BT.shape
+    if length < 3 or length % 3:
+        raise ValueError(f"tokens_BT has {length} tokens a row, expected a multiple of 3")
+    if positions not in ("answers", "all"):
+        raise ValueError(f"positions={positions!r}, expected 'answers' or 'all'")
+    patched = any(x is not None for x in patch)
+    if (capture or patched) and positions != "all":
+        raise ValueError(f"positions={positions!r}, expected 'all' with capture or patch")
+    if skip and (gate is None or capture or patched):
+        raise ValueError("skip=True needs a gate, and neither capture nor patch")
+    if gate is not None:
+        if cfg.norm != "pre":
+            raise ValueError(f"norm={cfg.norm!r}, expected 'pre' with gates")
+        if gate.shape not in ((cfg.layers,), (cfg.layers, rows)):
+            raise ValueError(
+                f"gate has shape {gate.shape}, expected ({cfg.layers},) or {(cfg.layers, rows)}"
+            )
 
 
 def _unembed(h_XD: jax.Array, embedding_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -16,13 +16,29 @@ Source: He, Doshi, Das, Gromov, "Learning to grok", NeurIPS 2024, arXiv 2406.025
 forms are ours, and derived where they stand.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
-from modgrok.tasks import check_modulus
+from modgrok.tasks import check_modulus, inverses
+
+
+def matches(tokens_BT: jax.Array, modulus: int) -> jax.Array:
+    """Whether the input of an earlier shot is on the query's line: match_BSS, query before example.
+
+    On one line through the origin means x y_i = y x_i mod p; inputs (0, 0) match nothing.
+    """
+    check_modulus(modulus)
+    x_BS, y_BS = tokens_BT[:, ::3], tokens_BT[:, 1::3]
+    cross_BSS = x_BS[:, :, None] * y_BS[:, None] - y_BS[:, :, None] * x_BS[:, None]
+    nonzero_BS = (x_BS != 0) | (y_BS != 0)
+    earlier_SS = jnp.tri(x_BS.shape[1], k=-1, dtype=bool)
+    both_BSS = nonzero_BS[:, :, None] & nonzero_BS[:, None]
+    return (cross_BSS % modulus == 0) & both_BSS & earlier_SS
 
 
 @partial(jax.jit, static_argnames="modulus")
@@ -31,17 +47,15 @@ def ratio_matching(tokens_BT: jax.Array, modulus: int) -> jax.Array:
 
     All mass on c z_i where an earlier example (x_i, y_i) != 0 has (x, y) = c (x_i, y_i) mod p, for
     the earliest such i (they agree unless labels are corrupted); on 0 where (x, y) = 0; else
-    uniform. On one line means x y_i = y x_i, and c = x / x_i, or y / y_i where x_i = 0.
+    uniform. `matches` says which are on one line; c = x / x_i, or y / y_i where x_i = 0.
     """
     x_BS, y_BS, z_BS = _split_tokens(tokens_BT, modulus)
-    cross_BSS = x_BS[:, :, None] * y_BS[:, None] - y_BS[:, :, None] * x_BS[:, None]
     nonzero_BS = (x_BS != 0) | (y_BS != 0)
-    earlier_SS = jnp.tri(x_BS.shape[1], k=-1, dtype=bool)
-    match_BSS = (cross_BSS % modulus == 0) & nonzero_BS[:, None] & earlier_SS
+    match_BSS = matches(jnp.asarray(tokens_BT, jnp.int32), modulus)
     first_BS = match_BSS.argmax(-1)
     x0_BS, y0_BS, z0_BS = (jnp.take_along_axis(v, first_BS, 1) for v in (x_BS, y_BS, z_BS))
 
-    inverse_p = jnp.asarray([0] + [pow(v, -1, modulus) for v in range(1, modulus)], jnp.int32)
+    inverse_p = jnp.asarray(inverses(modulus))
     ratio_BS = jnp.where(x0_BS != 0, x_BS * inverse_p[x0_BS], y_BS * inverse_p[y0_BS]) % modulus
     answer_BS = jnp.where(nonzero_BS, ratio_BS * z0_BS % modulus, 0)
     one_hot_BSp = jax.nn.one_hot(answer_BS, modulus, dtype=jnp.float32)
@@ -94,6 +108,11 @@ def expected_accuracy(probs_BSp: jax.Array, z_BS: jax.Array) -> jax.Array:
     return jnp.where(hit_BS, 1 / best_BSp.sum(-1, dtype=jnp.float32), 0)
 
 
+def as_partial(predict: Callable[[jax.Array], jax.Array]) -> Partial:
+    """A function as an argument of jit: one program for each object, or for all of one Partial."""
+    return predict if isinstance(predict, Partial) else Partial(predict)
+
+
 def ratio_matching_accuracy(
     modulus: int, shots: int, input_M2: np.ndarray | None = None
 ) -> np.ndarray:
@@ -135,7 +154,7 @@ def _line_shares(modulus: int, input_M2: np.ndarray | None) -> tuple[float, np.n
         return 1 / modulus**2, np.full(modulus + 1, (modulus - 1) / modulus**2)
     _check_pairs("input_M2", input_M2)
     x_M, y_M = np.asarray(input_M2, np.int64).T
-    inverse_p = np.array([0] + [pow(v, -1, modulus) for v in range(1, modulus)])
+    inverse_p = inverses(modulus)
     slope_M = np.where(x_M != 0, y_M * inverse_p[x_M] % modulus, modulus)  # p: the line x = 0
     at_origin_M = (x_M == 0) & (y_M == 0)
     counts_J = np.bincount(slope_M[~at_origin_M], minlength=modulus + 1)
@@ -146,7 +165,8 @@ def _split_tokens(tokens_BT: jax.Array, modulus: int) -> tuple[jax.Array, jax.Ar
     check_modulus(modulus)
     if tokens_BT.ndim != 2 or tokens_BT.shape[1] % 3:
         raise ValueError(
-            f"tokens_BT has shape {tokens_BT.shape}, want (sequences, 3 * shots): x y z x y z ..."
+            f"tokens_BT has shape {tokens_BT.shape}, expected (sequences, 3 * shots): "
+            "x y z x y z ..."
         )
     x_BS, y_BS, z_BS = (jnp.asarray(tokens_BT[:, i::3], jnp.int32) for i in range(3))
     return x_BS, y_BS, z_BS
@@ -154,7 +174,9 @@ def _split_tokens(tokens_BT: jax.Array, modulus: int) -> tuple[jax.Array, jax.Ar
 
 def _check_pairs(name: str, pairs: jax.Array | np.ndarray) -> None:
     if pairs.ndim != 2 or pairs.shape[0] == 0 or pairs.shape[1] != 2:
-        raise ValueError(f"{name} has shape {pairs.shape}, want (rows, 2) with at least one row")
+        raise ValueError(
+            f"{name} has shape {pairs.shape}, expected (rows, 2) with at least one row"
+        )
 
 
 def _likeliest(probs_BSp: jax.Array) -> jax.Array:

@@ -155,6 +155,8 @@ def advance(
 ) -> tuple[TrainState, Record]:
     """`num_steps` updates of every run, then a test of every run, in one program.
 
+    The state is not donated; to donate it, jit again as `training.train_chunk` says.
+
     Args:
         state: of G runs, as `init` makes it. `check_batch` tells whether `plan` fits `runs`.
         together: runs in one batch of operations on a device, `default_together()` if None.
@@ -226,7 +228,6 @@ def _test(state: TrainState, run: Runs, plan: Plan) -> tuple[jax.Array, jax.Arra
 
     NaN where the loss is not finite: of NaN logits argmax would be a right answer now and then.
     """
-    params = state.params if state.ema is None else state.ema
     keys = jax.random.split(run.test_key_G, 4)
     reported, deciding = [], []
     for t, (task_W2, num_tasks) in enumerate(zip(run.tasks, run.num_tasks, strict=True)):
@@ -234,7 +235,7 @@ def _test(state: TrainState, run: Runs, plan: Plan) -> tuple[jax.Array, jax.Arra
         even_W, there_W = at_W % 2 == 0, at_W < num_tasks
         for i, (input_M2, num_inputs) in enumerate(zip(run.inputs, run.num_inputs, strict=True)):
             scores = evaluation.score_tasks(
-                params,
+                state.tested,
                 keys[2 * t + i],
                 task_W2,
                 input_M2,
@@ -328,7 +329,7 @@ def summarise(
     """
     names = evaluation.SETS[2:]
     if by not in names:
-        raise ValueError(f"by={by!r} is not one of {', '.join(names)}")
+        raise ValueError(f"by={by!r}, expected one of {', '.join(names)}")
     accuracy_GC4 = np.asarray(accuracy_GC4)
     score_GC = np.nan_to_num(np.asarray(deciding_GC2)[..., names.index(by)], nan=-1.0)
     at_G = score_GC.argmax(1)

@@ -12,17 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from modgrok import evaluation, phase
+from modgrok.figure_style import GREY, SET_TITLES, VERMILION, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TITLES = (
-    "seen tasks, train inputs",
-    "seen tasks, held-out inputs",
-    "unseen tasks, train inputs",
-    "unseen tasks, held-out inputs",
-)
-_LINE = "#D55E00"  # vermilion of Okabe and Ito, seen on the whole of viridis
+_LINE = VERMILION  # seen on the whole of viridis
 
 
 def grid_maps(
@@ -65,13 +60,11 @@ def diagram(
     Source: He et al. (2024), figure 1b and the diagrams by set.
     """
     from matplotlib.collections import LineCollection
-    from matplotlib.figure import Figure
 
     n_N, alpha_A, maps_4AN = grid_maps(num_tasks_G, fraction_G, accuracy_G4)
-    size = (4.4 + 0.55 * len(n_N), 3.4 + 0.62 * len(alpha_A))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure = new_figure(3.4 + 0.62 * len(alpha_A), 4.4 + 0.55 * len(n_N))
     axes_4 = list(figure.subplots(2, 2, sharex=True, sharey=True).flat)
-    for axes, name, map_AN in zip(axes_4, _TITLES, maps_4AN, strict=True):
+    for axes, name, map_AN in zip(axes_4, SET_TITLES.values(), maps_4AN, strict=True):
         image = axes.imshow(map_AN, origin="lower", vmin=0, vmax=1, aspect="auto")
         for (row, column), value in np.ndenumerate(map_AN):
             if np.isfinite(value):
@@ -110,12 +103,10 @@ def transience(
             chose, and at the last step.   best_step_G: that step; -1 (never) is not drawn.
     Source: He et al. (2024), section 4: in deeper models the best is passed and lost.
     """
-    from matplotlib.figure import Figure
-
     num_tasks_G, fraction_G, best_step_G, best_G, last_G = map(
         np.asarray, (num_tasks_G, fraction_G, best_step_G, best_G, last_G)
     )
-    figure = Figure(figsize=(9.6, 4.4), dpi=150, layout="constrained")
+    figure = new_figure(4.4, 9.6)
     left, right = figure.subplots(1, 2)
     n_N = np.unique(num_tasks_G)
     color_G = np.searchsorted(n_N, num_tasks_G)
@@ -124,7 +115,7 @@ def transience(
     )
     left.axline((0, 0), slope=1, color="black", lw=0.8)
     for at in (left.axhline, left.axvline):
-        at(1 / modulus, color="#666666", ls=":", lw=0.8)
+        at(1 / modulus, color=GREY, ls=":", lw=0.8)
     left.set(xlabel="last accuracy", ylabel="best accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
     left.set_title(f"{title}; dotted: chance", size=9)
     bar = figure.colorbar(image, ax=left, ticks=range(len(n_N)), label="tasks trained on, n")
@@ -146,7 +137,8 @@ def all_figures(arrays: Mapping[str, np.ndarray]) -> dict[str, "Figure"]:
     """The figures of each depth (and weight decay) of what `phase.npz` holds, by name."""
     x = {name: np.asarray(value) for name, value in arrays.items()}
     modulus, threshold = int(x["modulus"]), float(x["threshold"])
-    chosen = evaluation.SETS.index(str(x["select"]))
+    select = str(x["select"])
+    chosen = evaluation.SETS.index(select)
     decays = np.unique(x["weight_decay_G"])
     drawn = {}
     for layers in np.unique(x["layers_G"]):
@@ -171,6 +163,6 @@ def all_figures(arrays: Mapping[str, np.ndarray]) -> dict[str, "Figure"]:
                 x["best_G4"][at_G, chosen],
                 x["last_G4"][at_G, chosen],
                 modulus=modulus,
-                title=f"{title}, {_TITLES[chosen]}",
+                title=f"{title}, {SET_TITLES[select]}",
             )
     return drawn

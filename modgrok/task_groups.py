@@ -11,6 +11,8 @@ from numbers import Integral
 import jax
 import numpy as np
 
+from modgrok.tasks import inverses
+
 
 def by_ratio(task_W2: np.ndarray, modulus: int) -> np.ndarray:
     """group_W by the class of b / a mod p: tasks that are multiples of each other.
@@ -18,8 +20,8 @@ def by_ratio(task_W2: np.ndarray, modulus: int) -> np.ndarray:
     p + 1 classes, a = 0 one of them, and (0, 0) for itself; those that occur are numbered from 0.
     """
     a_W, b_W = np.asarray(task_W2).T
-    inverse = np.array([0] + [pow(i, -1, modulus) for i in range(1, modulus)])
-    ratio_W = np.where(a_W != 0, b_W * inverse[a_W] % modulus, np.where(b_W != 0, modulus, -1))
+    ratio_W = b_W * inverses(modulus)[a_W] % modulus
+    ratio_W = np.where(a_W != 0, ratio_W, np.where(b_W != 0, modulus, -1))
     return np.unique(ratio_W, return_inverse=True)[1].astype(np.int32)
 
 

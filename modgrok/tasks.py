@@ -10,6 +10,7 @@ Axes: W tasks to train on  U unseen tasks  M train inputs  O held-out inputs  p 
 Source: He, Doshi, Das, Gromov, "Learning to grok", NeurIPS 2024, arXiv 2406.02550.
 """
 
+import functools
 import math
 import random
 from typing import NamedTuple
@@ -58,6 +59,9 @@ def sample_tasks(
         key: typed random key, spent here. Equal keys give equal tasks on every machine.
         num_unseen: how many tasks to keep unseen; None keeps all the rest.
         exclude_zero: leave the task (0, 0), which is always answered 0, out of both sets.
+    Raises:
+        ValueError: if there are fewer tasks than asked for, none is to be trained on or, with
+            `num_unseen` None, left, or the rectangles find no room.
     """
     check_modulus(modulus)
     num_tasks = modulus**2 - exclude_zero
@@ -73,7 +77,7 @@ def sample_tasks(
             )
     if not 0 <= num_unseen <= num_left:
         raise ValueError(
-            f"num_unseen={num_unseen} must be between 0 and {num_left}: modulus={modulus} has"
+            f"num_unseen={num_unseen}, expected from 0 to {num_left}: modulus={modulus} has"
             f" {num_tasks} tasks, of which {num_train} are trained on"
         )
 
@@ -117,7 +121,7 @@ def reference_tasks(
     check_modulus(modulus)
     _check_counts(modulus, num_rectangles, num_random, modulus**2)
     if num_unseen < 0:
-        raise ValueError(f"num_unseen={num_unseen} must not be negative")
+        raise ValueError(f"num_unseen={num_unseen}, expected at least 0")
     rng = random.Random(seed)
     every = [(a, b) for a in range(modulus) for b in range(modulus)]
     tasks = rng.sample(every, num_rectangles)
@@ -161,7 +165,7 @@ def check_modulus(modulus: int) -> None:
     if not 2 <= modulus <= _LARGEST_MODULUS:
         size = "small" if modulus < 2 else "large"
         raise ValueError(
-            f"modulus={modulus} is too {size}: it must be a prime from 2 to {_LARGEST_MODULUS}"
+            f"modulus={modulus} is too {size}, expected a prime from 2 to {_LARGEST_MODULUS}"
         )
     if not is_prime(modulus):
         below, above = modulus - 1, modulus + 1
@@ -174,6 +178,14 @@ def check_modulus(modulus: int) -> None:
         )
 
 
+@functools.cache
+def inverses(modulus: int) -> np.ndarray:
+    """inverse_p, int32: v inverse_p[v] = 1 mod p; 0 at v = 0, which has none."""
+    inverse_p = np.array([0] + [pow(v, -1, modulus) for v in range(1, modulus)], np.int32)
+    inverse_p.flags.writeable = False  # all callers get the same array
+    return inverse_p
+
+
 def is_prime(n: int) -> bool:
     """Whether n is a prime number."""
     return n >= 2 and all(n % divisor for divisor in range(2, math.isqrt(n) + 1))
@@ -182,7 +194,7 @@ def is_prime(n: int) -> bool:
 def _check_counts(modulus: int, num_rectangles: int, num_random: int, num_tasks: int) -> None:
     for name, count in (("num_rectangles", num_rectangles), ("num_random", num_random)):
         if count < 0:
-            raise ValueError(f"{name}={count} must not be negative")
+            raise ValueError(f"{name}={count}, expected at least 0")
     num_train = 4 * num_rectangles + num_random
     if not 1 <= num_train <= num_tasks:
         raise ValueError(
@@ -228,7 +240,7 @@ def _num_train_inputs(modulus: int, fraction: float) -> int:
     num_train = round(num_inputs * fraction) if 0 < fraction < 1 else 0
     if not 0 < num_train < num_inputs:
         raise ValueError(
-            f"fraction={fraction} must leave at least one of the {num_inputs} inputs of"
+            f"fraction={fraction}, expected at least one of the {num_inputs} inputs of"
             f" modulus={modulus} on each side: from {1 / num_inputs:.4g} to"
             f" {1 - 1 / num_inputs:.4g}"
         )

@@ -5,7 +5,8 @@ Axes: B batch, T tokens, S shots, V vocab, W tasks, M inputs, C steps of a chunk
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +45,15 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
-            raise ValueError(f"name={self.name!r} is not one of 'adamw', 'muon'")
+            raise ValueError(f"name={self.name!r}, expected 'adamw' or 'muon'")
         if not 0 <= self.warmup_steps < self.schedule_steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} must be at least 0 and less than "
+                f"warmup_steps={self.warmup_steps}, expected at least 0 and less than "
                 f"schedule_steps={self.schedule_steps}"
             )
         for field in ("lr", "weight_decay", "embedding_lr", "embedding_decay"):
             if not 0 <= getattr(self, field) < float("inf"):
-                raise ValueError(f"{field}={getattr(self, field)} must be finite and at least 0")
+                raise ValueError(f"{field}={getattr(self, field)}, expected finite and at least 0")
 
     def factor(self, step: jax.Array | int) -> jax.Array:
         """Learning rate at `step` (the first is 0) over its peak."""
@@ -70,6 +71,11 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     ema: Params | None  # running average of params, if asked for
+
+    @property
+    def tested(self) -> Params:
+        """The parameters that tests and exports take: the average if there is one."""
+        return self.params if self.ema is None else self.ema
 
 
 class Metrics(NamedTuple):
@@ -222,22 +228,11 @@ def train_step(
         group_B: with several groups, the group of each of these rows.
     Raises:
         ValueError: if the rows do not divide by `micro_batches`, or `ema_decay` and `state.ema`
-            disagree, or gates lack a key or groups.
+            disagree, or gates lack a key or groups, or `latent_depth.check_groups` refuses these.
     """
-    rows = tokens_BT.shape[0]
-    if micro_batches < 1 or rows % micro_batches:
-        raise ValueError(f"micro_batches={micro_batches} does not divide the {rows} rows")
-    if (ema_decay is None) != (state.ema is None):
-        raise ValueError(f"ema_decay={ema_decay}, but the state has ema={state.ema is not None}")
-
+    _check_step(state, tokens_BT, cfg, micro_batches, ema_decay, latent, gate_key, group_B)
     noise_GL = None
     if latent is not None:
-        latent.check(cfg)
-        if gate_key is None or (group_B is None) != (latent.groups == 1):
-            raise ValueError(
-                f"latent depth needs gate_key, and group_B for several groups: got gate_key="
-                f"{gate_key}, group_B={group_B} for groups={latent.groups}"
-            )
         noise_GL = latent_depth.logistic_noise(gate_key, latent.groups, cfg.layers)
 
     params = state.params
@@ -260,22 +255,8 @@ def train_step(
         (loss, (_, correct_BS)), grads = value_and_grad(params, tokens_BT, cfg)
         return loss, correct_BS.mean(), grads
 
-    if micro_batches == 1:
-        loss, accuracy, grads = gradients(tokens_BT, group_B)
-    else:
-        # Every n-th row, not a block of rows: sharded rows then stay where they are, and each
-        # device has its share of every part.
-        rows = (tokens_BT,) if group_B is None else (tokens_BT, group_B)
-        parts = jax.tree.map(
-            lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), rows
-        )
-
-        def add(total, rows):
-            return jax.tree.map(jnp.add, total, gradients(*rows)), None
-
-        first = gradients(*jax.tree.map(lambda x: x[0], parts))
-        total, _ = jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], parts))
-        loss, accuracy, grads = jax.tree.map(lambda x: x / micro_batches, total)
+    rows = (tokens_BT,) if group_B is None else (tokens_BT, group_B)
+    loss, accuracy, grads = _accumulated(gradients, rows, micro_batches)
     if axis_name is not None:
         loss, accuracy, grads = jax.lax.pmean((loss, accuracy, grads), axis_name)
 
@@ -284,20 +265,66 @@ def train_step(
     ema = state.ema
     if ema_decay is not None:
         ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-    if latent is None:
-        metrics = Metrics(loss, accuracy, optax.tree.norm(grads))
-    else:
-        gates = latent_depth.posterior(state.params)
-        metrics = GatedMetrics(
-            loss,
-            accuracy,
-            optax.tree.norm({name: g for name, g in grads.items() if name != "gates"}),
-            gates.expected_depth_G.mean(),
-            latent_depth.kl_divergence(state.params["gates"]["logits_GL"], latent).mean(),
-            gates.entropy_G.mean(),
-            gates.variance_G.mean(),
-        )
+    metrics = _metrics(state.params, grads, loss, accuracy, latent)
     return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _check_step(state, tokens_BT, cfg, micro_batches, ema_decay, latent, gate_key, group_B):
+    rows = tokens_BT.shape[0]
+    if micro_batches < 1 or rows % micro_batches:
+        raise ValueError(f"micro_batches={micro_batches} does not divide the {rows} rows")
+    if (ema_decay is None) != (state.ema is None):
+        raise ValueError(f"ema_decay={ema_decay}, but the state has ema={state.ema is not None}")
+    if latent is None:
+        return
+    latent.check(cfg)
+    if gate_key is None or (group_B is None) != (latent.groups == 1):
+        raise ValueError(
+            f"latent depth needs gate_key, and group_B for several groups: got gate_key="
+            f"{gate_key}, group_B={group_B} for groups={latent.groups}"
+        )
+    if group_B is not None:
+        latent_depth.check_groups(group_B, rows, latent.groups)
+
+
+def _accumulated(
+    gradients: Callable[..., Any], rows: tuple[jax.Array, ...], micro_batches: int
+) -> Any:
+    """The mean of `gradients(*rows)` over parts of the rows."""
+    if micro_batches == 1:
+        return gradients(*rows)
+    # Every n-th row, not a block of rows: sharded rows then stay where they are, and each device
+    # has its share of every part.
+    parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), rows)
+
+    def add(total, rows):
+        return jax.tree.map(jnp.add, total, gradients(*rows)), None
+
+    first = gradients(*jax.tree.map(lambda x: x[0], parts))
+    total, _ = jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], parts))
+    return jax.tree.map(lambda x: x / micro_batches, total)
+
+
+def _metrics(
+    params: Params,
+    grads: Params,
+    loss: jax.Array,
+    accuracy: jax.Array,
+    latent: LatentConfig | None,
+) -> Metrics | GatedMetrics:
+    """Of the parameters before the update."""
+    if latent is None:
+        return Metrics(loss, accuracy, optax.tree.norm(grads))
+    gates = latent_depth.posterior(params)
+    return GatedMetrics(
+        loss,
+        accuracy,
+        optax.tree.norm({name: g for name, g in grads.items() if name != "gates"}),
+        gates.expected_depth_G.mean(),
+        latent_depth.kl_divergence(params["gates"]["logits_GL"], latent).mean(),
+        gates.entropy_G.mean(),
+        gates.variance_G.mean(),
+    )
 
 
 def _varying(x: jax.Array, axis_name: str) -> jax.Array:
@@ -344,15 +371,24 @@ def train_chunk(
     Step s draws its batch with fold_in(key, s), so cutting a run into other chunks, resuming it,
     or running it on other devices gives the same batches.
 
+    The state is not donated, so the old and the new one are in memory at once. To donate it, jit
+    again: `jax.jit(functools.partial(train_chunk, cfg=..., tx=..., ...), donate_argnums=0)`.
+
     Args:
         key: key of the whole run; not spent, pass the same one each time.
         batch: B of all devices together, a multiple of the W tasks.
         axis_name: as in `train_step`; each device draws all B rows of integers and keeps its own.
         batch_sharding: under plain jit, how rows are spread over devices.
-        latent: as in `train_step`.   group_W: with several groups, the group of each task.
+        latent: as in `train_step`.   group_W: with several groups, the group of each task. That
+            ids are from 0 to G - 1 cannot be seen inside jit: ask `latent_depth.check_groups`.
     Returns:
         The state, and `Metrics` with a leading axis of `num_steps`.
+    Raises:
+        ValueError: as `sample_sequences` and `train_step`; if `group_W` has another length than
+            `task_W2`, or `batch` does not divide over the devices.
     """
+    if group_W is not None and latent is not None:
+        latent_depth.check_groups(group_W, task_W2.shape[0], latent.groups)
 
     def body(state, _):
         tokens_BT = sequences.sample_sequences(
@@ -374,8 +410,7 @@ def train_chunk(
             share = batch // devices
             start = jax.lax.axis_index(axis_name) * share
             rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, share), rows)
-        if batch_sharding is not None:
-            rows = jax.lax.with_sharding_constraint(rows, batch_sharding)
+        rows = sequences.spread(rows, batch_sharding)
         tokens_BT, group_B = (rows, None) if group_W is None else rows
         return train_step(
             state,

@@ -8,13 +8,15 @@ from below.
 Axes: D coordinates, M rows.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_depth.problems import Problem, _known, check_finite
+from robust_depth.arguments import known
+from robust_depth.problems import Problem, check_finite
 
 _CHECK_EVERY = 40  # steps between looks at the gap; a look costs two steps
 
@@ -102,7 +104,7 @@ def box_minimum(
     _check_box(problem, low_D, high_D)
     check_finite(problem)
     center_D = (low_D + high_D) / 2 if center_D is None else center_D
-    if center_D.shape != low_D.shape or _known((center_D < low_D) | (center_D > high_D)):
+    if center_D.shape != low_D.shape or known((center_D < low_D) | (center_D > high_D)):
         raise ValueError(f"center_D={center_D}, expected {low_D.shape[0]} values within the box")
     return _box_minimum(problem, low_D, high_D, center_D, start, tol, max_steps)
 
@@ -159,6 +161,42 @@ class Programme(NamedTuple):
     def dual_M(self) -> jax.Array:
         """The u that attains the loss at the centre."""
         return self.cap_M * jnp.sign(self.residual_M)
+
+    def drop(self, shift_D: jax.Array) -> jax.Array:
+        """L(centre) less the loss at d.
+
+        Row by row, |r| - |r - b|: no difference of losses, hence no cancellation.
+        """
+        along_M = self._sign_M() * _matmul(self.x_MD, shift_D)
+        return (self.cap_M * jnp.minimum(along_M, 2 * jnp.abs(self.residual_M) - along_M)).sum()
+
+    def most(self, dual_M: jax.Array) -> jax.Array:
+        """L(centre) less the dual value of u; every term is at least 0."""
+        q_D = _matmul(dual_M, self.x_MD)
+        slack_M = (self.cap_M - dual_M * self._sign_M()) * jnp.abs(self.residual_M)
+        return slack_M.sum() + jnp.maximum(self.low_D * q_D, self.high_D * q_D).sum()
+
+    def _sign_M(self) -> jax.Array:
+        return jnp.where(self.residual_M < 0, -1, 1).astype(self.x_MD.dtype)
+
+    def width_D(self) -> jax.Array:
+        """How far a coordinate may go from the centre."""
+        return jnp.maximum(-self.low_D, self.high_D)
+
+    def rounding(self) -> jax.Array:
+        """Of the sums in `most`: a gap below it says nothing."""
+        size = jnp.linalg.norm(self.width_D() * _matmul(self.cap_M, jnp.abs(self.x_MD)))
+        return jnp.finfo(self.x_MD.dtype).eps * (self.loss() / 8 + size)
+
+    def advance(
+        self, shift_D: jax.Array, dual_M: jax.Array, weight: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """A step of d and of u; `weight` is the ratio of their sizes."""
+        push_D = _matmul(dual_M, self.x_MD) / (self.norm * weight)
+        new_D = jnp.clip(shift_D + push_D, self.low_D, self.high_D)
+        climb_M = self.residual_M - _matmul(self.x_MD, 2 * new_D - shift_D)
+        new_M = dual_M + (weight / self.norm) * climb_M
+        return new_D, jnp.clip(new_M, -self.cap_M, self.cap_M)
 
 
 class Found(NamedTuple):
@@ -219,6 +257,7 @@ def equilibrate(x_MD: jax.Array) -> Scaled:
 def programme_at(
     scaled: Scaled, problem: Problem, center_D: jax.Array, low_D: jax.Array, high_D: jax.Array
 ) -> Programme:
+    """That of a box around a centre, in the scaled rows and columns."""
     residual_M = problem.y_M - _matmul(problem.x_MD, center_D)
     # Rounding may leave the centre outside by a last digit.
     low_D, high_D = jnp.minimum(low_D - center_D, 0), jnp.maximum(high_D - center_D, 0)
@@ -241,107 +280,109 @@ def solve(
     threshold: Any = jnp.nan,
 ) -> Found:
     """Until gap <= tol * most, or `threshold` is below the drop or above the most, or max_steps."""
-    x_MD, residual_M, cap_M, low_D, high_D, norm = programme
-    dtype = x_MD.dtype
+    dtype = programme.x_MD.dtype
     tol, threshold = jnp.asarray(tol, dtype), jnp.asarray(threshold, dtype)
-    tiny = jnp.finfo(dtype).tiny
-    # A gap below what rounds in the sums of `most_at` says nothing.
-    width_D = jnp.maximum(-low_D, high_D)
-    rounded = programme.loss() / 8 + jnp.linalg.norm(width_D * _matmul(cap_M, jnp.abs(x_MD)))
-    floor = jnp.finfo(dtype).eps * rounded
+    rounding = programme.rounding()
 
-    def advance(d_D: jax.Array, u_M: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-        new_D = jnp.clip(d_D + _matmul(u_M, x_MD) / (norm * weight), low_D, high_D)
-        climb_M = (weight / norm) * (residual_M - _matmul(x_MD, 2 * new_D - d_D))
-        return new_D, jnp.clip(u_M + climb_M, -cap_M, cap_M)
-
-    # Row by row, |r| - |r - b|: no difference of losses, hence no cancellation.
-    sign_M = jnp.where(residual_M < 0, -1, 1).astype(dtype)
-
-    def drop_at(d_D: jax.Array) -> jax.Array:
-        along_M = sign_M * _matmul(x_MD, d_D)
-        return (cap_M * jnp.minimum(along_M, 2 * jnp.abs(residual_M) - along_M)).sum()
-
-    def most_at(u_M: jax.Array) -> jax.Array:
-        """L(centre) less the dual value of u; every term is at least 0."""
-        q_D = _matmul(u_M, x_MD)
-        slack_M = (cap_M - u_M * sign_M) * jnp.abs(residual_M)
-        return slack_M.sum() + jnp.maximum(low_D * q_D, high_D * q_D).sum()
-
-    def done(found: Found) -> jax.Array:
+    def judged(found: Found) -> Found:
         gap = found.most - found.drop
         decided = (found.drop > threshold) | (found.most <= threshold)
-        return (gap <= jnp.maximum(tol * found.most, floor)) | decided
+        small = gap <= jnp.maximum(tol * found.most, rounding)
+        return found._replace(converged=small | decided)
 
     def unfinished(carry: tuple[_Epoch, Found]) -> jax.Array:
         return ~carry[1].converged & (carry[1].steps < max_steps)
 
     def look(carry: tuple[_Epoch, Found]) -> tuple[_Epoch, Found]:
         epoch, found = carry
-
-        def step(i: jax.Array, point: tuple) -> tuple:
-            new = advance(*point, epoch.weight)
-            part = 1 / (epoch.age + i + 2).astype(dtype)
-            anchor = (epoch.shift0_D, epoch.dual0_M)
-            return tuple(
-                part * a + (1 - part) * (2 * b - z)
-                for a, b, z in zip(anchor, new, point, strict=True)
-            )
-
+        step = functools.partial(_averaged_step, programme, epoch)
         point = jax.lax.fori_loop(0, _CHECK_EVERY, step, (epoch.shift_D, epoch.dual_M))
-        new_D, new_M = advance(*point, epoch.weight)
-        steps, age = found.steps + _CHECK_EVERY, epoch.age + _CHECK_EVERY
-
-        drop, most = drop_at(new_D), most_at(new_M)
-        found = Found(
-            jnp.where(drop > found.drop, new_D, found.shift_D),
-            jnp.maximum(drop, found.drop),
-            jnp.where(most < found.most, new_M, found.dual_M),
-            jnp.minimum(most, found.most),
-            steps,
-            found.converged,
+        new = programme.advance(*point, epoch.weight)
+        drop, most = programme.drop(new[0]), programme.most(new[1])
+        found = judged(
+            found._replace(
+                shift_D=jnp.where(drop > found.drop, new[0], found.shift_D),
+                drop=jnp.maximum(drop, found.drop),
+                dual_M=jnp.where(most < found.most, new[1], found.dual_M),
+                most=jnp.minimum(most, found.most),
+                steps=found.steps + _CHECK_EVERY,
+            )
         )
-        found = found._replace(converged=done(found))
+        return _next_epoch(programme, epoch, point, new, found.steps), found
 
-        # Restarts as PDLP's: much progress, some but no more, or a long time.
-        d_D, u_M = new_D - point[0], new_M - point[1]
-        square = epoch.weight * (d_D @ d_D) + u_M @ u_M / epoch.weight
-        square -= 2 * u_M @ _matmul(x_MD, d_D) / norm
-        residual = jnp.sqrt(jnp.maximum(square, 0))
-        first = jnp.where(age == _CHECK_EVERY, jnp.minimum(residual, epoch.first), epoch.first)
-        restart = (residual <= 0.2 * first) | ((residual <= 0.8 * first) & (residual > epoch.last))
-        restart |= age.astype(dtype) >= 0.36 * steps.astype(dtype)
-        moved_D = jnp.linalg.norm(new_D - epoch.shift0_D)
-        moved_M = jnp.linalg.norm(new_M - epoch.dual0_M)
-        both = restart & (moved_D > tiny) & (moved_M > tiny)
-        ratio = jnp.where(both, moved_M, 1) / jnp.where(both, moved_D, 1)
-        again = _Epoch(new_D, new_M, new_D, new_M, jnp.zeros_like(age), epoch.weight, first, first)
-        again = again._replace(
-            weight=jnp.where(both, jnp.sqrt(ratio * epoch.weight), epoch.weight),
-            first=residual,
-            last=residual,
-        )
-        on = _Epoch(*point, epoch.shift0_D, epoch.dual0_M, age, epoch.weight, first, residual)
-        return jax.tree.map(lambda a, b: jnp.where(restart, a, b), again, on), found
-
-    # The first ratio of the step sizes: how far duals may go, to how far most coordinates may.
-    typical = jnp.nanmedian(jnp.where(width_D > 0, width_D, jnp.nan))
-    reach = jnp.fmin(typical * width_D.shape[0] ** 0.5, jnp.linalg.norm(residual_M) / norm)
-    weight = jnp.linalg.norm(cap_M) / jnp.where(reach > tiny, reach, 1)
-    shift_D, dual_M = jnp.clip(shift_D, low_D, high_D), jnp.clip(dual_M, -cap_M, cap_M)
-    infinite = jnp.full_like(weight, jnp.inf)
-    start = (shift_D, dual_M, shift_D, dual_M, jnp.int32(0), weight, infinite, infinite)
-    drop, most = drop_at(shift_D), most_at(dual_M)
+    shift_D = jnp.clip(shift_D, programme.low_D, programme.high_D)
+    dual_M = jnp.clip(dual_M, -programme.cap_M, programme.cap_M)
+    drop = programme.drop(shift_D)
     found = Found(
-        jnp.where(drop > 0, shift_D, 0),
-        jnp.maximum(drop, 0),
-        dual_M,
-        most,
-        jnp.int32(0),
-        jnp.asarray(False),
+        shift_D=jnp.where(drop > 0, shift_D, 0),
+        drop=jnp.maximum(drop, 0),
+        dual_M=dual_M,
+        most=programme.most(dual_M),
+        steps=jnp.int32(0),
+        converged=jnp.asarray(False),
     )
-    found = found._replace(converged=done(found))
-    return jax.lax.while_loop(unfinished, look, (_Epoch(*start), found))[1]
+    start = _first_epoch(programme, shift_D, dual_M)
+    return jax.lax.while_loop(unfinished, look, (start, judged(found)))[1]
+
+
+def _first_epoch(programme: Programme, shift_D: jax.Array, dual_M: jax.Array) -> _Epoch:
+    # The first ratio of the step sizes: how far duals may go, to how far most coordinates may.
+    width_D, tiny = programme.width_D(), jnp.finfo(shift_D.dtype).tiny
+    typical = jnp.nanmedian(jnp.where(width_D > 0, width_D, jnp.nan))
+    residual = jnp.linalg.norm(programme.residual_M) / programme.norm
+    reach = jnp.fmin(typical * width_D.shape[0] ** 0.5, residual)
+    weight = jnp.linalg.norm(programme.cap_M) / jnp.where(reach > tiny, reach, 1)
+    return _Epoch(
+        shift_D=shift_D,
+        dual_M=dual_M,
+        shift0_D=shift_D,
+        dual0_M=dual_M,
+        age=jnp.int32(0),
+        weight=weight,
+        first=jnp.full_like(weight, jnp.inf),
+        last=jnp.full_like(weight, jnp.inf),
+    )
+
+
+def _averaged_step(programme: Programme, epoch: _Epoch, i: jax.Array, point: tuple) -> tuple:
+    """Halpern's: the reflected step, averaged with where the epoch began."""
+    new = programme.advance(*point, epoch.weight)
+    part = 1 / (epoch.age + i + 2).astype(programme.x_MD.dtype)
+    return tuple(
+        part * a + (1 - part) * (2 * b - z)
+        for a, b, z in zip((epoch.shift0_D, epoch.dual0_M), new, point, strict=True)
+    )
+
+
+def _next_epoch(
+    programme: Programme, epoch: _Epoch, point: tuple, new: tuple, steps: jax.Array
+) -> _Epoch:
+    """Goes on from `point`, or restarts from `new`, the step from it, with another weight."""
+    age, tiny = epoch.age + _CHECK_EVERY, jnp.finfo(programme.x_MD.dtype).tiny
+    (new_D, new_M), (d_D, u_M) = new, (new[0] - point[0], new[1] - point[1])
+    square = epoch.weight * (d_D @ d_D) + u_M @ u_M / epoch.weight
+    square -= 2 * u_M @ _matmul(programme.x_MD, d_D) / programme.norm
+    residual = jnp.sqrt(jnp.maximum(square, 0))
+    first = jnp.where(age == _CHECK_EVERY, jnp.minimum(residual, epoch.first), epoch.first)
+    # Restarts as PDLP's: much progress, some but no more, or a long time.
+    restart = (residual <= 0.2 * first) | ((residual <= 0.8 * first) & (residual > epoch.last))
+    restart |= age.astype(residual.dtype) >= 0.36 * steps.astype(residual.dtype)
+    moved_D = jnp.linalg.norm(new_D - epoch.shift0_D)
+    moved_M = jnp.linalg.norm(new_M - epoch.dual0_M)
+    both = restart & (moved_D > tiny) & (moved_M > tiny)
+    ratio = jnp.where(both, moved_M, 1) / jnp.where(both, moved_D, 1)
+    again = _Epoch(
+        shift_D=new_D,
+        dual_M=new_M,
+        shift0_D=new_D,
+        dual0_M=new_M,
+        age=jnp.zeros_like(age),
+        weight=jnp.where(both, jnp.sqrt(ratio * epoch.weight), epoch.weight),
+        first=residual,
+        last=residual,
+    )
+    on = epoch._replace(shift_D=point[0], dual_M=point[1], age=age, first=first, last=residual)
+    return jax.tree.map(lambda a, b: jnp.where(restart, a, b), again, on)
 
 
 def _check_box(problem: Problem, low_D: Any, high_D: Any) -> None:
@@ -349,7 +390,7 @@ def _check_box(problem: Problem, low_D: Any, high_D: Any) -> None:
     for name, part in (("low_D", low_D), ("high_D", high_D)):
         if jnp.shape(part) != wanted:
             raise ValueError(f"{name} has shape {jnp.shape(part)}, expected {wanted}, as x_MD has")
-        if _known(~jnp.isfinite(part)):
+        if known(~jnp.isfinite(part)):
             raise ValueError(f"{name}={part}, expected finite numbers")
-    if _known(low_D > high_D):
+    if known(low_D > high_D):
         raise ValueError(f"low_D={low_D} is above high_D={high_D}, expected low_D <= high_D")

@@ -16,7 +16,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from robust_depth import method, models
-from robust_depth.problems import Problem, _check_choice
+from robust_depth.arguments import check_choice, check_sizes
+from robust_depth.problems import Problem
 
 SCHEDULES = ("constant", "geometric", "inverse_sqrt")
 
@@ -168,12 +169,8 @@ class RobustDepthRegressor(RegressorMixin, BaseEstimator):
         return X @ self.coef_ + X.dtype.type(self.intercept_)
 
     def _check_settings(self) -> None:
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        for name in ("depth", "num_steps", "record_every"):
-            value = getattr(self, name)
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not whole or value < 1:
-                raise ValueError(f"{name}={value!r}, expected a whole number, at least 1")
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_sizes(depth=self.depth, num_steps=self.num_steps, record_every=self.record_every)
         if self.num_steps % self.record_every:
             raise ValueError(
                 f"record_every={self.record_every} does not divide num_steps={self.num_steps}"

@@ -25,7 +25,11 @@ def error_curves(
     ylabel: str = "relative error",
     threshold: float | None = None,
 ) -> "Figure":
-    """The median over trials of each curve, with the quartiles shaded, against steps."""
+    """The median over trials of each curve, with the quartiles shaded, against steps.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
     step_R, error_TSR = np.asarray(step_R), np.asarray(error_TSR, float)
     if error_TSR.ndim != 3 or error_TSR.shape[1:] != (len(labels), len(step_R)):
         raise ValueError(
@@ -55,7 +59,11 @@ def error_curves(
 def success_map(
     rate_SF: Any, depths: Sequence[int], fractions: Sequence[float], *, title: str = ""
 ) -> "Figure":
-    """Share of the trials that succeed, by depth (rows) and outlier fraction (columns)."""
+    """Share of the trials that succeed, by depth (rows) and outlier fraction (columns).
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
     rate_SF = np.asarray(rate_SF, float)
     if rate_SF.shape != (len(depths), len(fractions)):
         raise ValueError(

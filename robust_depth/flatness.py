@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from robust_depth import box, models
-from robust_depth.problems import Problem, _check_radius, _known, check_finite
+from robust_depth.arguments import check_radius, known
+from robust_depth.problems import Problem, check_finite
 
 
 class Flatness(NamedTuple):
@@ -62,7 +63,7 @@ def reachable_box(w_ND: jax.Array, radius: Any) -> tuple[jax.Array, jax.Array]:
     (Array([-3.75], dtype=float32), Array([-0.75], dtype=float32))
     """
     _check_layers(w_ND)
-    _check_radius("radius", radius)
+    check_radius("radius", radius)
     radius = jnp.asarray(radius, w_ND.dtype)
     low_D = high_D = jnp.ones_like(w_ND[0])
     for w_D in w_ND:
@@ -92,7 +93,7 @@ def flatness(
             0, and for weights or data that are not finite.
     """
     _check_weights(w_ND, problem)
-    _check_radius("radius", radius)
+    check_radius("radius", radius)
     radius_1 = jnp.asarray(radius, w_ND.dtype)[None]
     return jax.tree.map(lambda part: part[0], _curve(w_ND, problem, radius_1, tol, max_steps))
 
@@ -113,7 +114,7 @@ def flatness_curve(
         ValueError: as `flatness`.
     """
     _check_weights(w_ND, problem)
-    _check_radius("radius_G", radius_G, ndim=1)
+    check_radius("radius_G", radius_G, ndim=1)
     return _curve(w_ND, problem, jnp.asarray(radius_G, w_ND.dtype), tol, max_steps)
 
 
@@ -156,10 +157,10 @@ def largest_radius(
     """
     _check_weights(w_ND, problem)
     low, high = (jnp.asarray(bound, w_ND.dtype) for bound in bounds)
-    if _known(~((low > 0) & (low < high) & jnp.isfinite(high))):
+    if known(~((low > 0) & (low < high) & jnp.isfinite(high))):
         raise ValueError(f"bounds={bounds}, expected 0 < bounds[0] < bounds[1]")
     drop = jnp.asarray(drop, w_ND.dtype)
-    if _known(~(drop >= 0)):
+    if known(~(drop >= 0)):
         raise ValueError(f"drop={drop}, expected at least 0")
     return _largest_radius(w_ND, problem, drop, low, high, num_halvings, tol, max_steps)
 
@@ -227,5 +228,5 @@ def _check_weights(w_ND: jax.Array, problem: Problem) -> None:
             f"w_ND has shape {w_ND.shape}, expected {problem.x_MD.shape[1]} columns, as x_MD has"
         )
     check_finite(problem)
-    if _known(~jnp.isfinite(w_ND)):
+    if known(~jnp.isfinite(w_ND)):
         raise ValueError("w_ND has a NaN or an infinity, expected finite numbers")

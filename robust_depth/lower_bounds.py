@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from robust_depth.arguments import check_radius, check_sizes
 from robust_depth.method import Model, l1_loss
-from robust_depth.problems import NetworkProblem, Problem, _check_radius, _check_sizes
+from robust_depth.problems import NetworkProblem, Problem
 
 
 def sampled_lower_bound(
@@ -21,7 +22,7 @@ def sampled_lower_bound(
     *,
     model: Model,
     radius: Any,
-    samples: int,
+    num_samples: int,
 ) -> jax.Array:
     """Largest fall of the loss over random weights of the l_inf ball: a lower bound on the drop.
 
@@ -30,20 +31,20 @@ def sampled_lower_bound(
     Raises:
         ValueError: for fewer than one sample, or a concrete radius below 0.
     """
-    _check_sizes(samples=samples)
-    _check_radius("radius", radius)
-    return _sampled(key, weights, problem, radius, model=model, samples=samples)
+    check_sizes(num_samples=num_samples)
+    check_radius("radius", radius)
+    return _sampled(key, weights, problem, radius, model=model, num_samples=num_samples)
 
 
-@functools.partial(jax.jit, static_argnames=["model", "samples"])
-def _sampled(key, weights, problem, radius, *, model, samples) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=["model", "num_samples"])
+def _sampled(key, weights, problem, radius, *, model, num_samples) -> jax.Array:
     flat_P, loss = _flat_loss(weights, problem, model)
 
     def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:
         return loss(flat_P + _offset(*item, flat_P, radius))
 
-    items = jax.random.split(key, samples), jnp.arange(samples)
-    loss_S = jax.lax.map(one, items, batch_size=min(samples, 64))
+    items = jax.random.split(key, num_samples), jnp.arange(num_samples)
+    loss_S = jax.lax.map(one, items, batch_size=min(num_samples, 64))
     return jnp.maximum(loss(flat_P) - loss_S.min(), 0)
 
 
@@ -54,24 +55,26 @@ def descent_lower_bound(
     *,
     model: Model,
     radius: Any,
-    steps: int,
-    starts: int,
+    num_steps: int,
+    num_starts: int,
 ) -> jax.Array:
     """Largest fall that projected sub-gradient steps find in the ball: a lower bound on the drop.
 
-    From w and from starts - 1 points drawn as in `sampled_lower_bound`, with the largest entry of
-    a step shrinking from the radius to a millionth of it.
+    From w and from num_starts - 1 points drawn as in `sampled_lower_bound`, with the largest entry
+    of a step shrinking from the radius to a millionth of it.
 
     Raises:
         ValueError: for fewer than one step or start, or a concrete radius below 0.
     """
-    _check_sizes(steps=steps, starts=starts)
-    _check_radius("radius", radius)
-    return _descended(key, weights, problem, radius, model=model, steps=steps, starts=starts)
+    check_sizes(num_steps=num_steps, num_starts=num_starts)
+    check_radius("radius", radius)
+    return _descended(
+        key, weights, problem, radius, model=model, num_steps=num_steps, num_starts=num_starts
+    )
 
 
-@functools.partial(jax.jit, static_argnames=["model", "steps", "starts"])
-def _descended(key, weights, problem, radius, *, model, steps, starts) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=["model", "num_steps", "num_starts"])
+def _descended(key, weights, problem, radius, *, model, num_steps, num_starts) -> jax.Array:
     flat_P, loss = _flat_loss(weights, problem, model)
     radius = jnp.asarray(radius, flat_P.dtype)
     low_P, high_P = flat_P - radius, flat_P + radius
@@ -88,11 +91,11 @@ def _descended(key, weights, problem, radius, *, model, steps, starts) -> jax.Ar
             w_P = jnp.clip(w_P - eta * radius * slope_P, low_P, high_P)
             return (w_P, jnp.minimum(best, value)), None
 
-        eta_T = jnp.geomspace(1, 1e-6, steps, dtype=flat_P.dtype)
+        eta_T = jnp.geomspace(1, 1e-6, num_steps, dtype=flat_P.dtype)
         (w_P, best), _ = jax.lax.scan(step, (begin_P, loss(flat_P)), eta_T)
         return jnp.minimum(best, loss(w_P))
 
-    best_S = jax.vmap(descend)((jax.random.split(key, starts), jnp.arange(starts)))
+    best_S = jax.vmap(descend)((jax.random.split(key, num_starts), jnp.arange(num_starts)))
     return loss(flat_P) - best_S.min()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from robust_depth.problems import _check_choice
+from robust_depth.arguments import check_choice, check_sizes
 
 SCHEMES = ("zero_first", "balanced", "gaussian", "random_sign")
 
@@ -82,10 +82,8 @@ def init_diagonal(
     Raises:
         ValueError: for a depth or dimension below 1, or an unknown scheme.
     """
-    check_depth(depth)
-    _check_choice("scheme", scheme, SCHEMES)
-    if dim < 1:
-        raise ValueError(f"dim={dim}, expected at least 1")
+    check_sizes(depth=depth, dim=dim)
+    check_choice("scheme", scheme, SCHEMES)
     alpha = jnp.asarray(init_scale(depth) if scale is None else scale, dtype)
     if scheme == "gaussian":
         return alpha * jax.random.normal(key, (depth, dim), dtype)
@@ -96,15 +94,23 @@ def init_diagonal(
 
 
 def balanced_solution(theta_D: jax.Array, depth: int) -> jax.Array:
-    """|theta|^(1/N) in every layer, with the sign in the first: their product is theta."""
-    check_depth(depth)
+    """|theta|^(1/N) in every layer, with the sign in the first: their product is theta.
+
+    Raises:
+        ValueError: for a depth below 1.
+    """
+    check_sizes(depth=depth)
     root_D = jnp.abs(theta_D) ** jnp.asarray(1 / depth, theta_D.dtype)
     return jnp.tile(root_D, (depth, 1)).at[0].multiply(jnp.sign(theta_D))
 
 
 def unbalanced_solution(theta_D: jax.Array, depth: int) -> jax.Array:
-    """(theta, 1, ..., 1): as true a solution, with a landscape around it that is not flat."""
-    check_depth(depth)
+    """(theta, 1, ..., 1): as true a solution, with a landscape around it that is not flat.
+
+    Raises:
+        ValueError: for a depth below 1.
+    """
+    check_sizes(depth=depth)
     return jnp.ones((depth, *theta_D.shape), theta_D.dtype).at[0].set(theta_D)
 
 
@@ -139,10 +145,8 @@ def init_matrix(
     Raises:
         ValueError: for a depth or dimension below 1, or an unknown scheme.
     """
-    check_depth(depth)
-    _check_choice("scheme", scheme, ("zero_first", "orthogonal", "gaussian"))
-    if dim < 1:
-        raise ValueError(f"dim={dim}, expected at least 1")
+    check_sizes(depth=depth, dim=dim)
+    check_choice("scheme", scheme, ("zero_first", "orthogonal", "gaussian"))
     alpha = jnp.asarray(scale, dtype)
     if scheme == "gaussian":
         w_Nnn = jax.random.normal(key, (depth, dim, dim), dtype)
@@ -180,9 +184,7 @@ def init_relu(
     Raises:
         ValueError: for a depth, dimension or width below 1.
     """
-    check_depth(depth)
-    if min(dim, width) < 1:
-        raise ValueError(f"dim={dim} and width={width}, expected at least 1")
+    check_sizes(depth=depth, dim=dim, width=width)
     sizes = [dim, *[width] * (depth - 1), 1]
     weights = []
     layers = zip(jax.random.split(key, depth), itertools.pairwise(sizes), strict=True)
@@ -191,8 +193,3 @@ def init_relu(
         w_IO = size * jax.random.normal(layer_key, (rows, columns), dtype)
         weights.append({"w": w_IO, "b": jnp.zeros(columns, dtype)})
     return weights
-
-
-def check_depth(depth: int) -> None:
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise ValueError(f"depth={depth!r}, expected a whole number of layers, at least 1")

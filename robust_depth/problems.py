@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robust_depth.arguments import check_choice, check_fraction, check_sizes, known
+
 OUTLIERS = ("gaussian", "sign_flip", "adversarial")
 TRUTHS = ("nonnegative", "signed")
 
@@ -75,11 +77,11 @@ def sample_regression(
     Raises:
         ValueError: for sizes that do not fit, unknown kinds, or concrete fractions outside [0, 1).
     """
-    _check_sizes(num_rows=num_rows, dim=dim, sparsity=sparsity)
+    check_sizes(num_rows=num_rows, dim=dim, sparsity=sparsity)
     if sparsity > dim:
         raise ValueError(f"sparsity={sparsity}, expected 1 to dim={dim}")
-    _check_choice("truth", truth, TRUTHS)
-    _check_fraction(outlier_fraction)
+    check_choice("truth", truth, TRUTHS)
+    check_fraction(outlier_fraction)
     key_x, key_truth, key_outliers = jax.random.split(key, 3)
     key_support, key_size, key_sign = jax.random.split(key_truth, 3)
     x_MD = jax.random.normal(key_x, (num_rows, dim), dtype)
@@ -128,10 +130,10 @@ def sample_matrix_sensing(
     Raises:
         ValueError: as `sample_regression`.
     """
-    _check_sizes(num_rows=num_rows, dim=dim, rank=rank)
+    check_sizes(num_rows=num_rows, dim=dim, rank=rank)
     if rank > dim:
         raise ValueError(f"rank={rank}, expected 1 to dim={dim}")
-    _check_fraction(outlier_fraction)
+    check_fraction(outlier_fraction)
     key_x, key_truth, key_outliers = jax.random.split(key, 3)
     x_MD = jax.random.normal(key_x, (num_rows, dim * dim), dtype)
 
@@ -173,8 +175,8 @@ def sample_relu_teacher(
     Raises:
         ValueError: as `sample_regression`.
     """
-    _check_sizes(num_rows=num_rows, dim=dim, width=width, num_test=num_test)
-    _check_fraction(outlier_fraction)
+    check_sizes(num_rows=num_rows, dim=dim, width=width, num_test=num_test)
+    check_fraction(outlier_fraction)
     key_x, key_test, key_teacher, key_outliers = jax.random.split(key, 4)
     x_MD = jax.random.normal(key_x, (num_rows, dim), dtype)
     test_x_MD = jax.random.normal(key_test, (num_test, dim), dtype)
@@ -208,7 +210,7 @@ def _corrupted(
     kind: str,
     noise_scale: Any,
 ) -> jax.Array:
-    _check_choice("outlier_kind", kind, OUTLIERS)
+    check_choice("outlier_kind", kind, OUTLIERS)
     key_rows, key_values, key_noise = jax.random.split(key, 3)
     num_rows, dtype = clean_M.shape[0], clean_M.dtype
     # A mask and not an index, so that the fraction may be traced.
@@ -228,36 +230,6 @@ def _matvec(x_MD: jax.Array, theta_D: jax.Array) -> jax.Array:
     return jnp.matmul(x_MD, theta_D, precision="highest")
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}={size!r}, expected a whole number, at least 1")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}, expected one of {', '.join(choices)}")
-
-
-def _check_fraction(fraction: Any) -> None:
-    if not isinstance(fraction, jax.core.Tracer) and not 0 <= float(fraction) < 1:
-        raise ValueError(f"outlier_fraction={fraction}, expected from 0 to less than 1")
-
-
-def _check_radius(name: str, radius: Any, ndim: int = 0) -> None:
-    if jnp.ndim(radius) != ndim:
-        raise ValueError(f"{name} has shape {jnp.shape(radius)}, expected {ndim} axes")
-    if not isinstance(radius, jax.core.Tracer):
-        radius = np.asarray(radius)
-        if not (np.isfinite(radius) & (radius >= 0)).all():
-            raise ValueError(f"{name}={radius}, expected finite numbers, at least 0")
-
-
-def _known(bad: Any) -> bool:
-    """Whether any of these is true, where that is known already: not while tracing."""
-    return not isinstance(bad, jax.core.Tracer) and bool(np.any(bad))
-
-
 def check_finite(problem: Problem | NetworkProblem) -> None:
     """ValueError naming the first part of a problem that has a NaN or an infinity, and where.
 
@@ -265,6 +237,6 @@ def check_finite(problem: Problem | NetworkProblem) -> None:
     """
     for name, part in zip(problem._fields, problem, strict=True):
         bad = ~jnp.isfinite(part)
-        if _known(bad):
+        if known(bad):
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             raise ValueError(f"{name}{list(where)} is {part[where]}, expected finite numbers")

@@ -20,16 +20,9 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from robust_depth import models
+from robust_depth.arguments import check_choice, check_fraction, check_sizes
 from robust_depth.method import constant
-from robust_depth.problems import (
-    OUTLIERS,
-    TRUTHS,
-    Problem,
-    _check_choice,
-    _check_fraction,
-    _check_sizes,
-    sample_regression,
-)
+from robust_depth.problems import OUTLIERS, TRUTHS, Problem, sample_regression
 
 
 class Setting(NamedTuple):
@@ -90,8 +83,8 @@ class Grid:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _check_sizes(num_rows=self.num_rows, dim=self.dim, sparsity=self.sparsity)
-        _check_sizes(num_steps=self.num_steps, record_every=self.record_every)
+        check_sizes(num_rows=self.num_rows, dim=self.dim, sparsity=self.sparsity)
+        check_sizes(num_steps=self.num_steps, record_every=self.record_every)
         if self.sparsity > self.dim:
             raise ValueError(f"sparsity={self.sparsity}, expected 1 to dim={self.dim}")
         if self.num_steps % self.record_every:
@@ -103,12 +96,12 @@ class Grid:
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name}={values}, expected one value or more, each once")
         for depth in self.depths:
-            models.check_depth(depth)
+            check_sizes(depth=depth)
         for fraction in self.fractions:
-            _check_fraction(fraction)
-        _check_choice("truth", self.truth, TRUTHS)
-        _check_choice("outlier_kind", self.outlier_kind, OUTLIERS)
-        _check_choice("scheme", self.scheme, models.SCHEMES)
+            check_fraction(fraction)
+        check_choice("truth", self.truth, TRUTHS)
+        check_choice("outlier_kind", self.outlier_kind, OUTLIERS)
+        check_choice("scheme", self.scheme, models.SCHEMES)
 
     @property
     def settings(self) -> tuple[Setting, ...]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from robust_depth.models import check_depth
+from robust_depth.arguments import check_sizes
 from robust_depth.problems import Problem
 
 ROOT_2_OVER_PI = math.sqrt(2 / math.pi)  # E |z| of a standard normal z
@@ -62,8 +62,10 @@ def growth_time(
     Args:
         target, rate: arrays that broadcast, >= 0; c = 0 takes forever.
         depth, scale, step_size: N, alpha and a constant eta.
+    Raises:
+        ValueError: for a depth below 1.
     """
-    check_depth(depth)
+    check_sizes(depth=depth)
     target, rate, alpha, eta = (jnp.asarray(v, dtype) for v in (target, rate, scale, step_size))
     if depth == 2:
         total = jnp.log(jnp.sqrt(target) / alpha)

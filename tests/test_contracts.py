@@ -27,9 +27,6 @@ KEYS = jax.random.split(jax.random.key(0), 2)
 TX = optax.sgd(0.5)
 SIZES = {"modulus": 5, "shots": 2}
 
-# Most of the time here goes into compiling; what is compiled runs once.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def random_params(seed):
     rng = np.random.default_rng(seed)
@@ -196,12 +193,12 @@ def both(arguments):
 def test_jit_vmap_scan_and_eval_shape(name):
     """One after the other, all at once, in a loop, and without running: the same."""
     function, arguments = FUNCTIONS[name]
-    compiled, before = jit(function), jax.tree.map(jnp.copy, both(arguments))
+    compiled, before = jax.jit(function), jax.tree.map(jnp.copy, both(arguments))
     wanted = both([compiled(*args) for args in arguments])
-    mapped = jit(jax.vmap(function))(*both(arguments))
+    mapped = jax.jit(jax.vmap(function))(*both(arguments))
     assert_trees_close(mapped, wanted, rtol=1e-5, atol=1e-6)
 
-    @jit
+    @jax.jit
     def looped(arguments):
         return jax.lax.scan(lambda _, args: (None, function(*args)), None, arguments)[1]
 
@@ -222,7 +219,7 @@ def test_gradients_flow_through_a_chunk():
         params = jax.tree.map(lambda w, d: w + t * d, PARAMS[0], direction)
         return train_chunk(params, KEYS[0])[1].loss[-1]
 
-    slope, value = jit(jax.grad(along))(0.0), jit(along)
+    slope, value = jax.jit(jax.grad(along))(0.0), jax.jit(along)
     assert abs(slope) > 1e-3
     np.testing.assert_allclose(slope, (value(0.01) - value(-0.01)) / 0.02, rtol=0.03)
 
@@ -231,7 +228,7 @@ def test_forward_mode_agrees_with_reverse_mode():
     def squares(params):
         return (modgrok.apply(params, TOKENS[0], CFG) ** 2).sum()
 
-    (slope, gradient) = jit(
+    (slope, gradient) = jax.jit(
         lambda w, d: (jax.jvp(squares, (w,), (d,))[1], jax.grad(squares)(w))
     )(*PARAMS)  # fmt: skip
     products = jax.tree.map(lambda g, d: (g * d).sum(), gradient, PARAMS[1])
@@ -281,14 +278,14 @@ def test_state_comes_back_as_it_went_in(name, x64):
 
 
 def test_x64_changes_no_number():
-    wanted = jit(train_chunk)(PARAMS[0], KEYS[0])
+    wanted = jax.jit(train_chunk)(PARAMS[0], KEYS[0])
     with jax.enable_x64(True):
-        found = jit(train_chunk)(PARAMS[0], KEYS[0])
+        found = jax.jit(train_chunk)(PARAMS[0], KEYS[0])
     assert_trees_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_config_is_static_without_being_declared():
-    run = jit(modgrok.apply)
+    run = jax.jit(modgrok.apply)
     shapes = {layers: run.eval_shape(*deep(layers)).shape for layers in (1, 2)}
     assert shapes == {1: (4, 2, 5), 2: (4, 2, 5)}
 
@@ -303,12 +300,12 @@ def test_meshes_of_both_kinds(axis_type):
     """Under an explicit mesh a caller says `auto_axes`."""
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",), axis_types=(axis_type,))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    step = jit(train_step)
+    step = jax.jit(train_step)
     wanted = step(PARAMS[0], TOKENS[0])
     params = jax.device_put(PARAMS[0], everywhere)
     tokens_BT = jax.device_put(TOKENS[0], NamedSharding(mesh, PartitionSpec("data")))
     if axis_type is AxisType.Explicit:
-        step = jit(jax.sharding.auto_axes(train_step, out_sharding=PartitionSpec()))
+        step = jax.jit(jax.sharding.auto_axes(train_step, out_sharding=PartitionSpec()))
     with jax.set_mesh(mesh):
         found = step(params, tokens_BT)
     assert_trees_close(found, wanted, rtol=1e-5, atol=1e-6)

@@ -5,13 +5,15 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from launch import checkpoints, flags, hoststate, modgrok_config
+from launch import flags, hoststate, modgrok_config, modgrok_setup
 
-# A second or two, once compiled. The schedule's end is fixed, so that runs may be extended.
+# A second or two, once compiled. The schedule's end is fixed, so that runs may be extended. The
+# last test has as many sequences as those on the way, so that one program is compiled for both.
 TINY = (
     *("--preset=small", "--width=16", "--layers=1", "--optimizer=adamw", "--ema=0.9", "--lr=1e-3"),
     *("--weight_decay=0.1", "--warmup_steps=2", "--steps=8", "--schedule_steps=200"),
     *("--log_every=2", "--eval_every=4", "--checkpoint_every=2", "--nofigures"),
+    "--final_sequences=8",
 )
 LONG = (*TINY, "--steps=200", "--log_every=4", "--eval_every=40", "--checkpoint_every=20")
 
@@ -27,11 +29,7 @@ def settings(*args):
 
 def final_state(workdir, which="latest", args=TINY):
     """Step and arrays by name of the newest checkpoint: optimiser and random key included."""
-    cfg = settings(*args)
-    latent = modgrok_config.make_latent(cfg, None)
-    like = modgrok_config.abstract_state(cfg, *modgrok_config.make_model(cfg, latent), latent)
-    with checkpoints.Checkpoints(Path(workdir) / "checkpoints") as store:
-        restored = store.restore(like, which=which)
+    restored, _ = modgrok_setup.restore(settings(*args), workdir, which, flag="--workdir")
     return restored.step, hoststate.copy(restored.state)
 
 

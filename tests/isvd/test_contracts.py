@@ -13,7 +13,7 @@ import scipy.sparse
 from jax.sharding import AxisType, Mesh
 
 import isvd
-from isvd import deepen, design, linkpred, nodeclass
+from isvd import deepen, design, linkpred, node_features, nodeclass
 
 KEY = jax.random.key(0)
 N = 8
@@ -162,9 +162,9 @@ FUNCTIONS = {
         lambda f, y, ridge: nodeclass.closed_form(f, y, rank=2, ridge=ridge),
         (FACTORS, X, jnp.float32(0.1)),
     ),
-    "node_embedding": (lambda: nodeclass.node_embedding(GRAPH, KEY, rank=2), ()),
-    "principal_components": of_dense(nodeclass.principal_components, rank=2),
-    "principal_components, most": of_dense(nodeclass.principal_components, rank=4),
+    "node_embedding": (lambda: node_features.node_embedding(GRAPH, KEY, rank=2), ()),
+    "principal_components": of_dense(node_features.principal_components, rank=2),
+    "principal_components, most": of_dense(node_features.principal_components, rank=4),
     "deepen.init": (deepen.init, (WEIGHTS_HFC,)),
     "deepen.apply": (network, (PARAMS, X)),
     "deepen.apply, dropout": (functools.partial(network, key=KEY, dropout=0.5), (PARAMS, X)),

@@ -168,7 +168,7 @@ def test_propagated_makes_one_loop_of_products_whatever_the_depth():
 
 A, X = operators.dense(np.ones((3, 3), "f")), operators.dense(np.ones((3, 2), "f"))
 WRONG = {
-    "window": (lambda: design.walk_weights(0), "window=0, expected a whole number, at least 1"),
+    "window": (lambda: design.walk_weights(0), "window=0, expected at least 1"),
     "fraction": (lambda: design.walk_weights(2.5), r"window=2\.5"),
     "no weights": (lambda: design.link_operator(csr(np.eye(2)), window=[]), r"shape \(0,\)"),
     "dense graph": (lambda: design.link_operator(np.eye(2)), "a ndarray, expected a scipy sparse"),

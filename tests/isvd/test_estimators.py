@@ -181,7 +181,9 @@ def test_conventions_of_scikit_learn(estimator):
 
 
 def test_wrong_requests(counts):
-    with pytest.raises(ValueError, match="n_components=13, expected a whole number from 1 to 12"):
+    with pytest.raises(
+        ValueError, match="n_components=13, expected from 1 to 12, the lesser of n_s"
+    ):
         PCA(13).fit(counts)
     with pytest.raises(ValueError, match="n_samples=1, expected at least 2: one has no spread"):
         PCA(1).fit(operators.ones(1, 4))
@@ -194,6 +196,8 @@ def test_wrong_requests(counts):
         fitted.inverse_transform([["a", "b"]])
     with pytest.raises(ValueError, match="X has dtype complex64, expected a real floating type"):
         PCA(1).fit(operators.ones(5, 4, "complex64"))
+    with pytest.raises(ValueError, match=r"X has dtype uint8, .*: make the operator of float32"):
+        PCA(1).fit(operators.ones(5, 4, "uint8"))
     broken = counts.copy()
     broken.data[0] = np.nan
     with pytest.raises(ValueError, match="contains NaN"):
@@ -201,3 +205,9 @@ def test_wrong_requests(counts):
     for state in (np.random.default_rng(0), "a", 1.5):
         with pytest.raises(ValueError, match="cannot be used to seed"):
             PCA(1, random_state=state).fit(counts)
+    for state in (2**70, 2**32, -1):
+        with pytest.raises(
+            ValueError, match=f"random_state={state}, expected from 0 to 4294967295"
+        ):
+            PCA(1, random_state=state).fit(counts)
+    PCA(1, random_state=2**32 - 1).fit(counts)

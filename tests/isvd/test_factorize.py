@@ -102,6 +102,29 @@ def test_many_restarts_add_no_rounding_to_the_values():
     assert (np.diff(factors.s_K) <= 0).all()
 
 
+@pytest.mark.parametrize("tol", [1e-5, 1e-6])
+def test_residuals_near_rounding_are_not_less_than_they_are(tol):
+    """A tolerance of 8 eps is not reached, and that is said."""
+    a_MN = np.random.default_rng(0).normal(size=(400, 300)).astype("float32")
+    factors = svd(operators.dense(a_MN), KEY, rank=RANK, tol=tol)
+    u_MK, s_K, v_NK, claimed_K = (np.asarray(part, "float64") for part in factors[:4])
+    right_K = np.linalg.norm(a_MN @ v_NK - u_MK * s_K, axis=0)
+    left_K = np.linalg.norm(a_MN.T @ u_MK - v_NK * s_K, axis=0)
+    true_K = np.maximum(right_K, left_K)
+    assert (true_K < 2 * claimed_K).all()
+    assert (claimed_K < 2 * true_K).all()
+    assert factors.converged == (claimed_K <= tol * s_K[0]).all()
+    assert factors.converged == (tol == 1e-5)
+
+
+def test_leading_triplets():
+    factors = svd(operators.dense(with_values(SPECTRA["flat"])), KEY, rank=5)
+    part = factors.leading(3)
+    shapes = [x.shape for x in part]
+    assert shapes == [(M, 3), (3,), (N, 3), (3,), (), ()]
+    np.testing.assert_array_equal(part.u_MK * part.s_K, (factors.u_MK * factors.s_K)[:, :3])
+
+
 def test_what_is_not_reached_is_said(sparse_matrix):
     factors = svd(spmm.sparse(sparse_matrix), KEY, rank=RANK, tol=1e-5, max_products=10)
     assert not factors.converged
@@ -255,6 +278,7 @@ WRONG = {
     "fraction": ({"rank": 2.0}, "rank=2.0, expected a whole number"),
     "method": ({"rank": 1, "method": "qr"}, "method='qr', expected krylov or subspace"),
     "tol": ({"rank": 1, "tol": -1.0}, "tol=-1.0, expected None, or from 0 to less than 1"),
+    "a word for tol": ({"rank": 1, "tol": "small"}, "tol='small', expected a number"),
     "products": ({"rank": 1, "max_products": 0}, "max_products=0, expected from 1 to 2147483647"),
     "too many products": (
         {"rank": 1, "max_products": 2**31},
@@ -276,6 +300,16 @@ def test_wrong_requests(case):
     options, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         svd(OP, KEY, **options)
+
+
+@pytest.mark.parametrize("method", ["krylov", "subspace"])
+def test_a_tolerance_is_a_number_that_is_known(method):
+    def values(tol):
+        return svd(OP, KEY, rank=2, method=method, tol=tol).s_K
+
+    np.testing.assert_array_equal(values(jnp.float32(0.25)), values(0.25))
+    with pytest.raises(ValueError, match=r"tol=.*, expected a number, not traced"):
+        jax.jit(values)(0.25)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "float16", "bfloat16"])

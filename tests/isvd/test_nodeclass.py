@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.sparse
+from planted_graph import planted
 
-from isvd import nodeclass
+from isvd import metrics, node_features, nodeclass
 from isvd.algebra import centered, take_rows
 from isvd.design import normalized_adjacency, propagated
 from isvd.factorize import svd
@@ -72,119 +72,42 @@ def test_cutoff_leaves_out_what_is_noise():
     assert_close(cut, nodeclass.closed_form(full, targets, rank=count))
 
 
-def test_accuracy():
-    scores_NC = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    labels_N = np.array([0, 1, 0, -1])
-    assert nodeclass.accuracy(scores_NC, labels_N, np.array([0, 1, 2])) == pytest.approx(2 / 3)
-    assert nodeclass.accuracy(jnp.asarray(scores_NC), labels_N, np.array([2])) == 0
-    scores_NC[3] = np.inf, 0
-    scores_NC[0, 1] = np.nan
-    assert np.isnan(nodeclass.accuracy(scores_NC, labels_N, np.array([0, 1])))
-    assert nodeclass.accuracy(scores_NC, labels_N, np.array([1, 2])) == 0.5
-
-
-# Features ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(40, 12), (12, 40)])
-@pytest.mark.parametrize("rank", [2, 9])
-def test_principal_components(shape, rank):
-    """Both ways: by Krylov (rank 2) and by the Gram matrix of either side."""
-    x_NF = draw(5, *shape) + 3 * draw(6, shape[1])
-    u, s, _ = np.linalg.svd(x_NF - x_NF.mean(0), full_matrices=False)
-    wanted = u[:, :rank] * s[:rank]
-    matrix = dense(x_NF.astype("f"))
-    got = np.asarray(nodeclass.principal_components(matrix, jax.random.key(0), rank=rank))
-    signs = np.sign((got * wanted).sum(0))
-    assert_close(got * signs, wanted, 1e-3)
-
-
-def planted(seed=0, size=90, classes=3, words=40):
-    """A graph with communities, and words that lean to the class of their node."""
-    rng = np.random.default_rng(seed)
-    labels_N = np.arange(size) % classes
-    a_NN = rng.random((size, size)) < np.where(labels_N[:, None] == labels_N, 0.2, 0.03)
-    a_NN = np.triu(a_NN, 1)
-    a_NN = (a_NN | a_NN.T).astype("f")
-    leaning = np.arange(words) % classes == labels_N[:, None]
-    x_NF = (rng.random((size, words)) < np.where(leaning, 0.3, 0.08)).astype("f")
-    graph, features = scipy.sparse.csr_array(a_NN), scipy.sparse.csr_array(x_NF)
-    return graph, features, labels_N, np.arange(15), np.arange(15, 45), np.arange(45, size)
-
-
-def test_node_embedding():
-    graph = planted()[0]
-    a_NN = graph.toarray().astype("d")
-    step = a_NN / np.maximum(a_NN.sum(1), 1)[:, None]
-    walks = sum(
-        c * np.linalg.matrix_power(step, q) for c, q in ((3 / 6, 1), (2 / 6, 2), (1 / 6, 3))
-    )
-    u, s, vt = np.linalg.svd(walks - 0.05 * (1 - a_NN))
-    got = np.asarray(nodeclass.node_embedding(graph, jax.random.key(0), rank=5))
-    assert got.shape == (90, 10)
-    assert_close(got[:, :5] @ got[:, 5:].T, u[:, :5] * s[:5] @ vt[:5], 1e-3)
-    assert_close((got**2).sum(0), np.r_[s[:5], s[:5]], 1e-3)
-
-
 def test_factorisations_are_reported():
     graph, features, labels_N, train, validation, _ = planted()
-    key, told = jax.random.key(0), []
+    key, told, passes = jax.random.key(0), {}, []
     options = {"embedding_rank": 4, "pca_rank": 6, "num_hops": 2, "ranks": (3,), "draws": 0}
     nodeclass.classify(
-        graph, features, labels_N, train, validation, key,
-        report=lambda *numbers: told.append(numbers), **options,
+        graph, features, labels_N, train, validation, key, report=told.__setitem__,
+        report_pass=lambda *numbers: passes.append([float(x) for x in numbers]), **options,
     )  # fmt: skip
-    assert [what for what, *_ in told] == ["walks", "features", "training rows"]
+    jax.effects_barrier()
+    assert list(told) == ["walks", "features", "training rows"]
     key_features, key_fit = jax.random.split(key)
-    z = nodeclass.planetoid_features(graph, features, key_features, embedding_rank=4, pca_rank=6)
+    z = node_features.planetoid_features(
+        graph, features, key_features, embedding_rank=4, pca_rank=6
+    )
     step = sparse(normalized_adjacency(graph), z.dtype)
     rows = take_rows(propagated(step, z, 2), train)
-    factors = svd(rows, key_fit, rank=3)
-    residual = float(factors.residual_K.max() / factors.s_K[0])
-    assert told[2] == ("training rows", int(factors.products), pytest.approx(residual, abs=1e-6))
-    assert 0 < told[0][2] < 1e-3  # the others have a basis of all columns
-
-    told.clear()
-    fitted(draws=3, report=lambda *numbers: told.append(numbers))
-    fitted(draws=1, report=lambda *numbers: told.append(numbers))
-    assert [what for what, *_ in told] == ["training rows with dropout"] * 2
-    assert told[0][1] >= 2 * told[1][1]
+    wanted = svd(rows, key_fit, rank=3)
+    assert int(told["training rows"].products) == int(wanted.products)
+    assert_close(told["training rows"].s_K, wanted.s_K)
+    walks = told["walks"]
+    products, residual = passes[-1]  # the others have a basis of all columns, and no pass
+    assert products <= int(walks.products)
+    assert 0 < residual < 1e-3
+    assert 0 < walks.residual_K.max() < 1e-3 * walks.s_K[0]
 
 
-def test_features_by_components_and_without():
-    """Z Z^T is the same with all components and with the centred features themselves."""
-    graph, features, *_ = planted()
-    options = {"embedding_rank": 4}
-    key = jax.random.key(0)
-    all_of_them = nodeclass.planetoid_features(graph, features, key, pca_rank=1000, **options)
-    implicit = nodeclass.planetoid_features(graph, features, key, pca_rank=None, **options)
-    assert all_of_them.shape == implicit.shape == (90, 40 + 8 + 8)
-    z_NF, x_NF = np.asarray(all_of_them.to_dense()), np.asarray(implicit.to_dense())
-    assert_close(z_NF @ z_NF.T, x_NF @ x_NF.T, 1e-3)
-    assert_close(x_NF[:, :40], features.toarray() - features.toarray().mean(0), 1e-5)
-    np.testing.assert_allclose(x_NF[:, :48].mean(0), 0, atol=1e-6)
-    assert_close(z_NF[:, 48:], x_NF[:, 48:], 1e-6)
-    few = nodeclass.planetoid_features(graph, features, key, pca_rank=6, **options)
-    assert few.shape == (90, 6 + 8)
-    # Both Gram matrices have the embedding; take it away, and what is left has rank 6.
-    rest = np.asarray(few.to_dense())[:, :6]
-    assert np.linalg.matrix_rank(rest) == 6
-    dense_too = nodeclass.planetoid_features(
-        graph, features.toarray(), key, pca_rank=None, **options
-    )
-    assert_close(dense_too.to_dense(), x_NF)
-
-
-@pytest.mark.parametrize("dtype", [bool, int, "uint8"])
-def test_features_that_are_whole_numbers(dtype):
-    """The embedding beside them keeps its digits."""
-    graph, features, *_ = planted()
-    options = {"embedding_rank": 4, "pca_rank": 6}
-    wanted, got = (
-        nodeclass.planetoid_features(graph, x_NF, jax.random.key(0), **options).to_dense()
-        for x_NF in (features.toarray(), features.toarray().astype(dtype))
-    )
-    np.testing.assert_array_equal(got, wanted)
+def test_draws_are_reported_together():
+    """Their values and residuals, of each draw one row; vectors would be large."""
+    told = []
+    for draws in (3, 1):
+        fitted(draws=draws, report=lambda *what_factors: told.append(what_factors))
+    (what, three), (again, one) = told
+    assert what == again == "training rows with dropout"
+    assert three.s_K.shape == three.residual_K.shape == (3, 9)
+    assert three.u_MK.size == three.v_NK.size == 0
+    assert int(three.products.sum()) == 3 * int(one.products.sum())
 
 
 # Fit ---------------------------------------------------------------------------------------------
@@ -238,7 +161,7 @@ def test_fit_of_many_masks_is_the_mean_of_their_fits(monkeypatch):
         return mask
 
     monkeypatch.setattr(jax.random, "bernoulli", record)
-    got = fitted(ranks=(8,), ridges=(0.01,), draws=3, copies=2, rate=0.25)
+    got = fitted(ranks=(8,), ridges=(0.01,), draws=3, copies=2, dropout=0.25)
     jax.effects_barrier()
     assert len(masks) == 3
     assert masks[0].shape == (2, 15, design.shape[1])
@@ -255,7 +178,7 @@ def test_fit_of_many_masks_is_the_mean_of_their_fits(monkeypatch):
 def test_options_of_fit_change_the_result():
     first = fitted(draws=1)
     np.testing.assert_array_equal(first.weights_DC, fitted(draws=1).weights_DC)
-    changes = {"draws": 2, "copies": 2, "rate": 0.2, "ranks": (3, 5), "ridges": (0.5, 0.7)}
+    changes = {"draws": 2, "copies": 2, "dropout": 0.2, "ranks": (3, 5), "ridges": (0.5, 0.7)}
     for name, value in {**changes, "key": jax.random.key(5)}.items():
         other = fitted(**{"draws": 1, name: value})
         assert np.abs(other.weights_DC - first.weights_DC).max() > 1e-4
@@ -301,13 +224,13 @@ def test_the_whole_pipeline():
     fit = nodeclass.classify(
         graph, features, hidden, train, validation, jax.random.key(0), pca_rank=30, **options
     )
-    assert nodeclass.accuracy(fit.scores_NC, labels_N, test) > 0.75
+    assert metrics.accuracy(fit.scores_NC, labels_N, test) > 0.75
     implicit = nodeclass.classify(
         graph, features, hidden, train, validation, jax.random.key(0), pca_rank=None, **options
     )
-    assert nodeclass.accuracy(implicit.scores_NC, labels_N, test) > 0.75
+    assert metrics.accuracy(implicit.scores_NC, labels_N, test) > 0.75
     wrong = np.roll(labels_N, 1)
-    assert nodeclass.accuracy(fit.scores_NC, wrong, test) < 0.4
+    assert metrics.accuracy(fit.scores_NC, wrong, test) < 0.4
 
 
 # Errors ------------------------------------------------------------------------------------------
@@ -362,28 +285,24 @@ WRONG = {
         lambda: fit_with(design=dense(np.zeros((90, 4), "f")), draws=0),
         "all zero, or not finite",
     ),
-    "rate": (lambda: fit_with(rate=1.0), "rate=1.0"),
+    "dropout": (lambda: fit_with(dropout=1.0), "dropout=1.0, expected from 0 to less than 1"),
     "draws": (lambda: fit_with(draws=-1), "draws=-1"),
-    "ranks": (lambda: fit_with(ranks=(0,)), "ranks=0, expected a whole number, at least 1"),
+    "ranks": (lambda: fit_with(ranks=(0,)), "ranks=0, expected at least 1"),
     "part of a rank": (lambda: fit_with(ranks=(2.7,)), "ranks=2.7, expected a whole number"),
     "no ranks": (lambda: fit_with(ranks=()), r"ranks=\(\) and ridges"),
     "ridges": (lambda: fit_with(ridges=(-1.0,)), r"ridges=\(-1.0,\)"),
-    "no ridge": (lambda: fit_with(ridges=(np.nan,)), r"ridges=\(nan,\)"),
-    "components": (
-        lambda: nodeclass.principal_components(dense(np.ones((4, 3), "f")), None, rank=4),
-        "rank=4, expected 1 to 3",
+    "ridge of float64": (
+        lambda: fit_with(ridges=(0.1, 1e39)),
+        r"ridges=\(0.1, 1e\+39\): expected some, from 1 and from 0, finite in float32",
     ),
+    "no ridge": (lambda: fit_with(ridges=(np.nan,)), r"ridges=\(nan,\)"),
     "rank": (
         lambda: nodeclass.closed_form(least_squares((4, 5))[2], jnp.ones((4, 2)), rank=5),
-        "rank=5, expected 1 to 4",
+        "rank=5, expected from 1 to 4, the triplets there are",
     ),
     "targets": (
         lambda: nodeclass.closed_form(least_squares((4, 5))[2], jnp.ones(4)),
         r"targets_TC has shape \(4,\)",
-    ),
-    "accuracy": (
-        lambda: nodeclass.accuracy(np.ones((3, 2)), np.array([0, 1, -1]), np.array([2])),
-        "1 nodes without a label",
     ),
 }
 

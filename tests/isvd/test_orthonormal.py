@@ -69,6 +69,15 @@ def test_vmap():
         np.testing.assert_allclose(q_NB @ r_BB, x_NB, atol=1e-6)
 
 
+def test_what_fails_on_the_way_is_no_error():
+    """A Cholesky factorisation of a block of rank one, where JAX raises at what is NaN."""
+    x_NB = jnp.ones((30, 4))
+    with jax.debug_nans(True):
+        q_NB, r_BB = orthonormalize(x_NB, "cholesky")
+    assert np.linalg.norm(q_NB.T @ q_NB - np.eye(4), 2) < 1e-5
+    np.testing.assert_allclose(q_NB @ r_BB, x_NB, atol=1e-5)
+
+
 def test_wrong_requests():
     with pytest.raises(ValueError, match=r"shape \(3, 4\), expected no more columns than rows"):
         orthonormalize(jnp.ones((3, 4)))

@@ -246,6 +246,11 @@ def test_the_remedy_reads_what_was_refused(tmp_path):
         ("g.csv", "a,b\n0,1\n1,\n", ", line 3: '' is not a whole number"),
         ("g.csv", "0,1\n\n1;2\n", ", line 3: 1 column, expected 2"),
         ("g.csv.gz", "0,1\n\nx,2\n", ", line 3: 'x' is not a whole number"),
+        # Not whether the first row is a header: neither answer would help.
+        ("g.csv", "0;14\n1;15\n", ", line 2: 1 column, expected 2; give delimiter=';'"),
+        ("g.csv", "ann;bo\n", ", line 1: 1 column, expected 2; give delimiter=';'"),
+        ("g.tsv", "a|b\nc|d\n", ", line 2: 1 column, expected 2; give delimiter='|'"),
+        ("g.csv", "0,14\n1,15\n".encode("utf-16"), r", line 2: '\x001\x00' is not a name in UTF-8"),
         ("g.graphml", "0 1\n", ": unknown suffix '.graphml', known are .npy"),
         ("g.npy.gz", "0 1\n", ": unknown suffix '.npy.gz'"),
         ("g.npy", "", ": not an array of numpy that can be read"),

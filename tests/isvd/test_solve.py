@@ -360,6 +360,16 @@ def test_wrong_requests():
         solve.trace(operators.identity(4, "int32"), KEY)
     with pytest.raises(ValueError, match=r"ridge=-1\.0, expected at least 0"):
         solve.pinv_solve(factors, np.ones(M), ridge=-1.0)
+    with pytest.raises(ValueError, match="ridge=nan, expected at least 0"):
+        solve.pinv_solve(factors, np.ones(M), ridge=np.nan)
+    with pytest.raises(ValueError, match=r"ridge has shape \(2,\), expected one number"):
+        solve.pinv_solve(factors, np.ones(M), ridge=jnp.ones(2))
+    for dtype in ("uint8", "int8", "bool"):
+        with pytest.raises(ValueError, match=f"op has dtype {dtype}, expected one of float32, "):
+            solve.frobenius_norm(operators.dense(np.ones((3, 2), dtype)), KEY)
+    for rank, message in ((2.0, "rank=2.0, expected a whole"), (5, "rank=5, expected from 1 to 4")):
+        with pytest.raises(ValueError, match=message):
+            solve.eigh(operators.identity(4), KEY, rank=rank)
     with pytest.raises(ValueError, match="samples=1, expected at least 2"):
         solve.frobenius_norm(operators.identity(4), KEY, samples=1)
     with pytest.raises(ValueError, match=r"x_NC has shape \(30, 2\), expected \(20,\) or \(20, c"):

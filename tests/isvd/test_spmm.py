@@ -134,6 +134,20 @@ WRONG = {
         lambda: spmm.sparse_from_entries([0.0], [0.0], [1.0], (2, 3)),
         "rows_E has dtype float64, expected integers",
     ),
+    "traced indices": (
+        lambda: jax.eval_shape(
+            lambda rows_E: spmm.sparse_from_entries(rows_E, [0], [1.0], (2, 3)), jnp.zeros(1, int)
+        ),
+        "rows_E: traced, expected known integers: make the operator outside of jit",
+    ),
+    "a BCOO as argument": (
+        lambda: jax.jit(lambda x: spmm.sparse(x).to_dense())(jax_sparse.BCOO.fromdense(np.eye(3))),
+        "indices: traced, expected known integers.*values alone may be traced",
+    ),
+    "a BCSR as argument": (
+        lambda: jax.jit(lambda x: spmm.sparse(x).to_dense())(jax_sparse.BCSR.fromdense(np.eye(3))),
+        "indices: traced, expected known integers",
+    ),
 }
 
 

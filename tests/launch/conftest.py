@@ -11,19 +11,6 @@ from training_runs import TINY, settings
 from launch import modgrok_train
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Programs are tested for what they say and write: compiling well takes longer than they run.
-
-    Here and in processes that are started. The README's commands are run as users run them.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A folder of compiled programs for every run here; this process forgets it afterwards."""

@@ -11,7 +11,7 @@ from graph_files import real_data
 from programs import fixture_for, summary
 
 import isvd
-from isvd import design, linkpred, readers
+from isvd import design, linkpred, metrics, readers
 from launch import isvd_link
 
 NUM_NODES = 60
@@ -53,7 +53,7 @@ def auc_of(split, start=1, rank=8, **options):
     op = design.link_operator(readers.adjacency(split.train_E2, split.num_nodes), **options)
     factors = isvd.svd(op, jax.random.fold_in(jax.random.key(0), start), rank=rank)
     pairs = (split.test_E2, split.test_negative_E2)
-    return factors, linkpred.roc_auc(*(np.asarray(linkpred.scores(factors, p)) for p in pairs))
+    return factors, metrics.roc_auc(*(np.asarray(linkpred.scores(factors, p)) for p in pairs))
 
 
 # Results -----------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_the_numbers_are_those_of_the_library(folder, tmp_path, program):
         np.testing.assert_allclose(product, left_NK @ right_NK.T, atol=1e-3)
     with np.load(workdir / "scores.npz") as saved:
         np.testing.assert_array_equal(saved["test"], split.test_E2)
-        again = linkpred.roc_auc(saved["test_score"], saved["test_negative_score"])
+        again = metrics.roc_auc(saved["test_score"], saved["test_negative_score"])
         assert again == said["auc_by_start"][0]
     for name in ("roc", "spectrum", "embedding"):
         assert (workdir / "figures" / f"{name}.png").stat().st_size > 1000
@@ -138,6 +138,61 @@ def test_names_come_with_the_embeddings(tmp_path, program):
     assert {p.name for p in (tmp_path / "run" / "figures").iterdir()} == {"roc.png", "spectrum.png"}
 
 
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        (("--normalization=rows",), {"symmetric": False}),
+        (("--nodegree_factor",), {"degree_factor": False}),
+        (
+            ("--normalization=rows", "--nodegree_factor"),
+            {"symmetric": False, "degree_factor": False},
+        ),
+    ],
+)
+def test_the_normalization_is_that_of_the_operator(flags, options, folder, tmp_path, program):
+    """Values of the dense matrix, with the equation of --help written out."""
+    flags = (f"--graph={folder}", "--rank=4", "--window=2", *flags, f"--workdir={tmp_path / 'run'}")
+    said = summary(program(*flags, "--nofigures"))
+    split = readers.read_asymproj(folder)
+    a_NN = readers.adjacency(split.train_E2, NUM_NODES).toarray().astype(float)
+    degree_N = np.maximum(a_NN.sum(1), 1)
+    symmetric = options.get("symmetric", True)
+    step_NN = a_NN / (np.sqrt(np.outer(degree_N, degree_N)) if symmetric else degree_N[:, None])
+    end_N = degree_N ** (0.5 if symmetric else 1) if options.get("degree_factor", True) else 1
+    m_NN = (2 / 3 * step_NN + 1 / 3 * step_NN @ step_NN) * end_N - 0.02 * (1 - a_NN)
+    with np.load(tmp_path / "run" / "embeddings.npz") as saved:
+        wanted_K = np.linalg.svd(m_NN, compute_uv=False)[:4]
+        np.testing.assert_allclose(saved["singular_values"], wanted_K, rtol=1e-4)
+    auc = auc_of(split, rank=4, window=2, **options)[1]
+    assert said["auc"] == pytest.approx(auc, abs=1e-3)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["normalization"] == ("symmetric" if symmetric else "rows")
+    other = program(*flags, "--normalization=symmetric", "--degree_factor")
+    assert_refused(other, "holds a run with other settings: ")
+
+
+def test_loops_and_repeated_edges_are_stated(tmp_path, program):
+    """An edge list is split without them; the train file of a split has them counted."""
+    rows = [*communities().tolist(), [1, 0], [0, 1], [3, 3]]
+    rows += [[0, 1]] if [0, 1] not in rows[:-3] else []
+    np.savetxt(tmp_path / "graph.txt", rows, "%d")
+    flags = ("--rank=2", "--nofigures")
+    answer = program(f"--graph={tmp_path / 'graph.txt'}", *flags, f"--workdir={tmp_path / 'a'}")
+    num_repeated = len(rows) - 1 - len({tuple(sorted(row)) for row in rows if row[0] != row[1]})
+    assert summary(answer)
+    assert (
+        f" to test; rows that repeat an edge, left out: {num_repeated}; loops, left out: 1\n"
+        in answer[2]
+    )
+    split = write_split(tmp_path / "graph")
+    train_E2 = np.vstack([split.train_E2, split.train_E2[:2, ::-1], [[5, 5]]])
+    np.save(tmp_path / "graph" / "train.txt.npy", train_E2)
+    answer = program(f"--graph={tmp_path / 'graph'}", *flags, f"--workdir={tmp_path / 'b'}")
+    assert summary(answer)
+    wanted = " to test; repeated edges, added up: 2; loops to learn, which count twice: 1\n"
+    assert wanted in answer[2]
+
+
 @pytest.mark.parametrize("leaky", [False, True])
 def test_the_rank_is_chosen_on_held_out_edges(leaky, folder, tmp_path, program, monkeypatch):
     monkeypatch.setattr(linkpred, "RANKS", (4, 16, 64))  # of which the graph has room for two
@@ -162,7 +217,7 @@ def test_the_curve_encloses_the_auc():
     (axes,) = isvd_link._roc(positive_P, negative_Q).axes
     x_T, y_T = axes.lines[0].get_data()
     area = np.trapezoid(y_T[::-1], x_T[::-1])
-    assert area == pytest.approx(linkpred.roc_auc(positive_P, negative_Q))
+    assert area == pytest.approx(metrics.roc_auc(positive_P, negative_Q))
 
 
 def test_a_finished_run_gives_its_result_again(edges, tmp_path, program):
@@ -216,9 +271,12 @@ def test_no_rank_is_chosen_by_scores_that_are_no_numbers(folder, tmp_path, progr
         (("--leaky_rank_choice",), "--leaky_rank_choice=true: expected --rank=auto with it"),
         (("--devices=9",), "--devices=9: there are 8 cpu devices; expected 1 to 8, or 0 for all"),
         (("--window=0",), "--window=0: expected an integer at least 1"),
+        (("--window=100000000000",), "expected an integer at least 1 and at most 1000000"),
+        (("--normalization=columns",), "--normalization=columns: expected one of symmetric, rows"),
         (("--negative_weight=-1",), "--negative_weight=-1: expected a finite number at least 0"),
         (("--negative_weight=1e39",), "finite number at least 0 and at most 1e+38"),
         (("--seeds=0",), "--seeds=0: expected an integer at least 1"),
+        (("--seeds=99999999999",), "expected an integer at least 1 and at most 1000000"),
         (("--tol=2",), "--tol=2: expected from 0 to less than 1, or none"),
         (("--test_fraction=0",), "--test_fraction=0: expected between 0 and 1, both excluded"),
         (("--test_fraction=1",), "--test_fraction=1: expected between 0 and 1, both excluded"),
@@ -270,7 +328,7 @@ def test_a_foreign_folder_is_refused(folder, tmp_path, program):
     assert_refused(answer, "belongs to modgrok_train; expected a folder of isvd_link")
 
 
-# The paper's graph -------------------------------------------------------------------------------
+# The paper's graphs ------------------------------------------------------------------------------
 
 
 def test_real_ppi(tmp_path, program):
@@ -278,4 +336,15 @@ def test_real_ppi(tmp_path, program):
     said = summary(program(f"--graph={path}", "--preset=paper", f"--workdir={tmp_path / 'run'}"))
     assert said["rank"] == 32
     assert 0.890 < said["auc"] < 0.895
+    assert said["converged"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "auc"), [("ppi", 0.893), ("ca-HepTh", 0.904)])
+def test_real_graphs_at_rank_30(name, auc, tmp_path, program):
+    """The paper has .893 and .905. At the default tolerance a seed moves the fifth digit."""
+    path = real_data("asymproj", name)
+    flags = (f"--graph={path}", "--rank=30", "--nofigures", f"--workdir={tmp_path / 'run'}")
+    said = summary(program(*flags))
+    assert auc < said["auc"] < auc + 0.003
     assert said["converged"]

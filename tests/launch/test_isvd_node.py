@@ -1,4 +1,4 @@
-"""The node classification program on a planted graph, and on Cora where it is."""
+"""The node classification program on a planted graph; tests/test_readme.py runs it on Cora."""
 
 import functools
 import re
@@ -9,17 +9,17 @@ import numpy as np
 import programs
 import pytest
 import scipy.sparse
-from graph_files import python2_pickle, real_data
+from graph_files import python2_pickle
 from programs import fixture_for, summary
 
-from isvd import nodeclass, planetoid
+from isvd import metrics, node_features, nodeclass, planetoid
 from launch import isvd_node
 
 NUM_TRAIN, NUM_KNOWN, NUM_TEST, NUM_WORDS = 8, 508, 40, 20
 # The smallest that still has everything.
-SMALL = ("--embedding_rank=2", "--pca_rank=6", "--num_hops=2", "--rank=2,4", "--dropout_copies=2")
+SMALL = ("--embedding_rank=3", "--pca_rank=6", "--num_hops=2", "--rank=2,4", "--dropout_copies=2")
 SMALL += ("--ridge=0,0.1",)
-OPTIONS = {"embedding_rank": 2, "pca_rank": 6, "num_hops": 2, "ranks": (2, 4)}
+OPTIONS = {"embedding_rank": 3, "pca_rank": 6, "num_hops": 2, "ranks": (2, 4)}
 
 program = fixture_for(isvd_node)
 assert_refused = functools.partial(programs.assert_refused, program="isvd_node")
@@ -68,7 +68,7 @@ def test_the_numbers_are_those_of_the_library(dataset, tmp_path, program):
     keys = [jax.random.fold_in(jax.random.key(0), 1 + i) for i in range(2)]
     options = OPTIONS | {"ridges": (0.0, 0.1), "draws": 2}
     fits = [nodeclass.classify(*nodes, key, **options) for key in keys]
-    test = [nodeclass.accuracy(fit.scores_NC, data.labels_N, data.test_I) for fit in fits]
+    test = [metrics.accuracy(fit.scores_NC, data.labels_N, data.test_I) for fit in fits]
     assert list(said)[:4] == ["program", "workdir", "seconds", "steps"]
     assert said["test_accuracy_by_seed"] == test
     assert said["test_accuracy"] == pytest.approx(np.mean(test))
@@ -92,7 +92,17 @@ def test_the_numbers_are_those_of_the_library(dataset, tmp_path, program):
         assert saved["ranks"].tolist() == [2, 4]
         assert saved["ridges"].tolist() == [0, 0.1]
         np.testing.assert_array_equal(saved["validation_accuracy"][0], fits[0].accuracy_RP)
-    assert (workdir / "figures" / "validation.png").stat().st_size > 1000
+    key = jax.random.split(jax.random.split(keys[0])[0])[0]
+    embedding_NR = node_features.node_embedding(data.adjacency, key, rank=3)
+    with np.load(workdir / "embeddings.npz") as saved:
+        assert set(saved) == {"left", "right", "singular_values", "residual"}
+        both_NR = np.hstack([saved["left"], saved["right"]])
+        np.testing.assert_allclose(both_NR, embedding_NR, atol=1e-5)
+        wanted = (saved["left"] ** 2).sum(0)
+        np.testing.assert_allclose(saved["singular_values"], wanted, rtol=1e-4)
+        assert (saved["residual"] <= 1e-4 * saved["singular_values"][0]).all()
+    for name in ("validation", "spectrum", "embedding"):
+        assert (workdir / "figures" / f"{name}.png").stat().st_size > 1000
 
     again = summary(program(*flags, f"--workdir={workdir}"))
     assert {**again, "seconds": 0} == {**said, "seconds": 0}
@@ -101,7 +111,7 @@ def test_the_numbers_are_those_of_the_library(dataset, tmp_path, program):
 def test_deepened(dataset, tmp_path, program):
     # The same sizes as those of SMALL, so that its programs serve again.
     deep = ("--deepen", "--deepen_steps=3", "--deepen_hops=2", "--deepen_pca_rank=6")
-    deep += ("--deepen_embedding_rank=2", "--deepen_lr=0.1", "--nofigures")
+    deep += ("--deepen_embedding_rank=3", "--deepen_lr=0.1", "--nofigures")
     flags = (f"--dataset={dataset}", *SMALL, *deep)
     answer = program(*flags, f"--workdir={tmp_path / 'run'}")
     said = summary(answer)
@@ -124,11 +134,40 @@ def test_deepened(dataset, tmp_path, program):
 def test_ranks_are_tried_as_far_as_there_are_so_many(copies, ranks, dataset, tmp_path, program):
     flags = (f"--dataset={dataset}", "--embedding_rank=2", "--num_hops=1", "--pca_rank=none")
     workdir = tmp_path / "run"
-    said = summary(program(*flags, f"--dropout_copies={copies}", f"--workdir={workdir}"))
-    assert said["rank_by_seed"] == ranks
+    answer = program(*flags, f"--dropout_copies={copies}", f"--workdir={workdir}")
+    assert summary(answer)["rank_by_seed"] == ranks
+    # Two dimensions leave no second and third to show.
+    assert "no figure of the embedding: it shows dimensions 2 and 3, and there are 2" in answer[2]
+    assert not (workdir / "figures" / "embedding.png").exists()
     with np.load(workdir / "predictions.npz") as saved:
         assert saved["ranks"].tolist() == ranks
         assert saved["validation_accuracy"].shape == (1, 1, 3)
+
+
+def test_passes_are_told_on_request(dataset, tmp_path, program):
+    """They are no part of the settings: the numbers do not depend on them."""
+    flags = (f"--dataset={dataset}", *SMALL, "--nofigures", f"--workdir={tmp_path / 'run'}")
+    answer = program(*flags, "--report_passes")
+    said = summary(answer)
+    passes = re.findall(r"^(\d+) products: residual (\S+) of the largest value$", answer[2], re.M)
+    (walks,) = re.findall(r"^walks: (\d+) products, residual", answer[2], re.M)
+    assert passes
+    assert int(passes[-1][0]) <= int(walks)
+    again = program(*flags)
+    assert {**summary(again), "seconds": 0} == {**said, "seconds": 0}
+    assert "products: residual" not in again[2]
+
+
+def test_nodes_are_coloured_by_their_label():
+    left_NK, labels_N = np.random.default_rng(0).normal(size=(6, 3)), np.array([2, -1, 0, 2, 0, 1])
+    (axes,) = isvd_node._embedding(left_NK, labels_N).axes
+    (points,) = axes.collections
+    order_N = [1, 0, 2, 3, 4, 5]  # without a label below the others
+    np.testing.assert_allclose(points.get_offsets(), left_NK[order_N, 1:])
+    np.testing.assert_array_equal(points.get_array(), labels_N[order_N])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        f"$\\mathdefault{{{label}}}$" for label in ("−1", "0", "1", "2")
+    ]
 
 
 # Refusals ----------------------------------------------------------------------------------------
@@ -154,8 +193,14 @@ def test_ranks_are_tried_as_far_as_there_are_so_many(copies, ranks, dataset, tmp
         (("--rank=",), "--rank=: expected one number at least"),
         (("--ridge=",), "--ridge=: expected one number at least"),
         (("--ridge=-1",), "--ridge=-1: expected a comma-separated list, each a finite number at"),
+        (("--ridge=1e39",), "--ridge=1e39: expected a comma-separated list, each a finite number"),
         (("--num_hops=-1",), "--num_hops=-1: expected an integer at least 0"),
+        (("--num_hops=100000000000",), "expected an integer at least 0 and at most 1000"),
         (("--dropout_copies=-1",), "--dropout_copies=-1: expected an integer at least 0"),
+        (("--dropout_copies=99999999999",), "expected an integer at least 0 and at most 10000"),
+        (("--deepen_hops=100000000000",), "expected an integer at least 0 and at most 1000"),
+        (("--deepen_steps=99999999999",), "expected an integer at least 1 and at most 1000000"),
+        (("--seeds=99999999999",), "expected an integer at least 1 and at most 1000000"),
         (("--preset=best",), "--preset=best: expected one of accurate, paper"),
     ],
 )
@@ -188,15 +233,3 @@ def test_a_foreign_folder_is_refused(dataset, tmp_path, program):
     answer = program(f"--dataset={dataset}", f"--workdir={tmp_path}")
     assert_refused(answer, f"--workdir={tmp_path}: holds files but no config.json")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-# Cora --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_real_cora(tmp_path, program):
-    path = real_data("planetoid")
-    flags = (f"--dataset={path}", "--name=cora", "--seeds=2", f"--workdir={tmp_path / 'run'}")
-    said = summary(program(*flags))
-    assert said["test_accuracy"] >= 0.82
-    assert said["test_accuracy_std"] < 0.01

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from asserts import assert_trees_equal
 
-from launch import UsageError, flags, modgrok_config, modgrok_export, modgrok_train
-from launch.checkpoints import Checkpoints
+from launch import UsageError, flags, modgrok_config, modgrok_export, modgrok_setup, modgrok_train
 from launch.modgrok_export import ExportConfig
 from modgrok import interop
 
@@ -19,7 +18,7 @@ def run(tmp_path_factory):
     """A finished run: its settings, with averaged weights."""
     workdir = tmp_path_factory.mktemp("run")
     small = modgrok_config.PRESETS["small"] | {"steps": 4, "warmup_steps": 1, "width": 16}
-    small |= {"eval_every": 2, "checkpoint_every": 2, "log_every": 2, "final_sequences": 2}
+    small |= {"eval_every": 2, "checkpoint_every": 2, "log_every": 2, "final_sequences": 8}
     cfg = modgrok_config.TrainConfig(
         **small, workdir=str(workdir), figures=False, quiet=True, compilation_cache="", devices=1
     )
@@ -32,12 +31,9 @@ def test_what_is_written_is_what_was_tested(run, which, tmp_path, capsys):
     output = tmp_path / "model.safetensors"
     modgrok_export.main(ExportConfig(run.workdir, str(output), which))
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    model, tx = modgrok_config.make_model(run)
-    with Checkpoints(f"{run.workdir}/checkpoints") as checkpoints:
-        like = modgrok_config.abstract_state(run, model, tx)
-        restored = checkpoints.restore(like, which=which)
+    restored, parts = modgrok_setup.restore(run, run.workdir, which, flag="--workdir")
     cfg, params = interop.load_reference(output)
-    assert cfg == model
+    assert cfg == parts.model
     assert summary["step"] == restored.step
     assert summary["averaged"]
     assert_trees_equal(

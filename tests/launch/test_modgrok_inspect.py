@@ -17,20 +17,22 @@ from training_runs import settings
 
 from launch import (
     UsageError,
-    modgrok_config,
     modgrok_export,
     modgrok_inspect,
     modgrok_inspect_drawings,
+    modgrok_setup,
     modgrok_train,
 )
 from launch import modgrok_inspect_scores as scoring
-from launch import modgrok_instruments as instruments
+from launch import modgrok_instruments_common as instruments
+from launch import modgrok_instruments_outside as outside
 from launch.checkpoints import Checkpoints
 from modgrok import fourier, interop
 from modgrok.model import Config, apply, init_params
 
 assert_refused = functools.partial(programs.assert_refused, program="modgrok_inspect")
 program = fixture_for(modgrok_inspect, "--devices=1")
+SEQUENCES = [size.sequences for size in instruments.SIZES.values()]
 TINY = instruments.Size(repetitions=2, sequences=8, contexts=2, shuffles=9, neurons=2)
 GATED_RUN = (*TINY_RUN, "--layers=2", "--latent_depth", "--target_depth=1")
 OF_THE_FILE = ("--p=5", "--shots=4", "--num_tasks=12", "--input_fraction=0.8")
@@ -60,8 +62,7 @@ def gated(tmp_path_factory, cache):
     flags = ("--devices=1", f"--compilation_cache={cache}", "--quiet", "--steps=2")
     cfg = settings(*GATED_RUN, f"--workdir={folder}/trained", *flags)
     assert modgrok_train.main(cfg) == 0
-    latent = modgrok_config.make_latent(cfg, None)
-    like = modgrok_config.abstract_state(cfg, *modgrok_config.make_model(cfg, latent), latent)
+    like = modgrok_setup.abstract_state(cfg, modgrok_setup.make_parts(cfg))
     with Checkpoints(folder / "trained" / "checkpoints") as store:
         restored = store.restore(like, which="latest")
     state, key = restored.state
@@ -86,8 +87,8 @@ def gated(tmp_path_factory, cache):
 
 def test_tasks_of_the_grids_tell_x_from_y():
     tasks = np.array([[1, 1], [1, 2], [3, 3], [2, 1]])
-    np.testing.assert_array_equal(instruments._lopsided(tasks), [[1, 2], [2, 1]])
-    np.testing.assert_array_equal(instruments._lopsided(tasks[::2]), tasks[::2])
+    np.testing.assert_array_equal(outside._lopsided(tasks), [[1, 2], [2, 1]])
+    np.testing.assert_array_equal(outside._lopsided(tasks[::2]), tasks[::2])
 
 
 @pytest.mark.slow
@@ -270,6 +271,11 @@ def test_a_network_without_an_open_block_is_refused(program, gated, tmp_path):
     assert not (tmp_path / "page").exists()
 
 
+def test_help_says_how_many_sequences_go_together_whatever_rows_is():
+    said = modgrok_inspect.InspectConfig.__dataclass_fields__["rows"].metadata["help"]
+    assert [int(number) for number in re.findall(r"\d+", said)] == SEQUENCES
+
+
 def test_devices_share_the_sequences_evenly():
     found = [modgrok_inspect._sharing(devices, 48) for devices in (1, 2, 3, 4, 5, 6, 7, 8, 64)]
     assert found == [1, 2, 3, 4, 4, 6, 6, 8, 48]
@@ -345,6 +351,10 @@ def test_rounded_gates_of_a_task_in_no_group():
         (("--checkpoint={file}", *OF_THE_FILE, "--heads=3"), "width=16 is not a multiple of heads"),
         (("--checkpoint={file}", *OF_THE_FILE, "--num_tasks=25"), "--num_tasks=25: expected 1 to"),
         (("--checkpoint={file}", *OF_THE_FILE, "--shots=40"), "--shots=40: expected at most 20"),
+        (
+            ("--checkpoint={file}", *OF_THE_FILE, "--task_seed=4294967296"),  # that of 0 to jax
+            "--task_seed=4294967296: expected an integer at least 0 and at most 2147483647",
+        ),
         (
             ("--checkpoint={file}", *OF_THE_FILE, "--extra_tokens=1"),
             "has 5 tokens; expected --extra_tokens=0 if",

@@ -12,7 +12,7 @@ from asserts import assert_trees_equal
 from training_runs import TINY, assert_refused, assert_same_run, final_state, reports, settings
 
 import modgrok
-from launch import UsageError, modgrok_config, modgrok_export, modgrok_train
+from launch import UsageError, modgrok_config, modgrok_export, modgrok_setup, modgrok_train
 from launch.checkpoints import Checkpoints
 from launch.modgrok_export import ExportConfig
 from modgrok import interop
@@ -65,7 +65,7 @@ def test_a_run_reports_its_gates_and_is_resumed(program, gated, tmp_path):
 @pytest.mark.slow
 def test_groups_of_tasks_from_a_file(program, gated, tmp_path):
     cfg = settings(*GATED)
-    train_W2 = modgrok_config.prepare_data(cfg)[0].train_W2
+    train_W2 = modgrok_setup.prepare_data(cfg)[0].train_W2
     path = tmp_path / "groups.json"
     path.write_text(json.dumps([train_W2[1:].tolist(), train_W2[:1].tolist()]))
     workdir = tmp_path / "run"
@@ -97,8 +97,8 @@ def test_groups_of_tasks_from_a_file(program, gated, tmp_path):
 def test_rules_for_groups(rule, groups):
     kind = "--task_rule=rectangular" if rule == "rectangle" else "--task_rule=random"
     cfg = settings("--preset=small", "--p=11", kind, "--latent_depth", f"--task_groups={rule}")
-    group_W = modgrok_config.task_groups(cfg, modgrok_config.prepare_data(cfg)[0])
-    latent = modgrok_config.make_latent(cfg, group_W)
+    group_W = modgrok_setup.task_groups(cfg, modgrok_setup.prepare_data(cfg)[0])
+    latent = modgrok_setup.make_parts(cfg, group_W).latent
     assert latent.groups == (groups or len(set(group_W.tolist())))
     assert (group_W is None) == (rule == "none")
 
@@ -175,17 +175,15 @@ def selected(gated, tmp_path):
     workdir = tmp_path / "selected"
     shutil.copytree(gated, workdir)
     cfg = settings(*GATED)
-    latent = modgrok_config.make_latent(cfg, None)
-    model, tx = modgrok_config.make_model(cfg, latent)
+    parts = modgrok_setup.make_parts(cfg)
     logits_GL = np.array([[-3.0, 1.0]], np.float32)
     with Checkpoints(workdir / "checkpoints") as store:
-        like = modgrok_config.abstract_state(cfg, model, tx, latent)
-        restored = store.restore(like)
+        restored = store.restore(modgrok_setup.abstract_state(cfg, parts))
         state, key = restored.state
         state.params["gates"]["logits_GL"] = state.ema["gates"]["logits_GL"] = logits_GL
         store.save_best(8, (state, key), restored.meta)
         store.save(8, (state, key), restored.meta)
-    return workdir, model, state
+    return workdir, parts.model, state
 
 
 def test_the_exported_network_is_the_rounded_one(selected, tmp_path, capsys):
@@ -232,9 +230,8 @@ def test_a_pruned_run_has_the_best_score_only_if_it_is_its_own(tmp_path):
     workdir.mkdir()
     stored = {"program": "modgrok_train"} | dataclasses.asdict(cfg)
     (workdir / "config.json").write_text(json.dumps(stored))
-    latent = modgrok_config.make_latent(cfg, np.array([0, 1]))
-    make = modgrok_config.state_maker(cfg, *modgrok_config.make_model(cfg, latent), latent)
-    state, key = make(modgrok_config.key_for(cfg, 1), modgrok_config.key_for(cfg, 2))
+    make = modgrok_setup.state_maker(cfg, modgrok_setup.make_parts(cfg, np.array([0, 1])))
+    state, key = make(modgrok_setup.key_for(cfg, 1), modgrok_setup.key_for(cfg, 2))
     logits_GL = jnp.array([[3.0, -1.0], [3.0, 2.0]])  # shared: both blocks are open
     state.params["gates"]["logits_GL"] = state.ema["gates"]["logits_GL"] = logits_GL
     meta = {"best_step": 4, "best_score": 0.5}
@@ -246,7 +243,7 @@ def test_a_pruned_run_has_the_best_score_only_if_it_is_its_own(tmp_path):
         output = tmp_path / f"{which}_{group}"
         modgrok_export.main(ExportConfig(str(workdir), str(output), which, prune=True, group=group))
         small = modgrok_export.run_settings(str(output))
-        like = modgrok_config.abstract_state(small, *modgrok_config.make_model(small))
+        like = modgrok_setup.abstract_state(small, modgrok_setup.make_parts(small))
         with Checkpoints(output / "checkpoints") as store:
             metas = [store.restore(like, which=slot).meta for slot in ("best", "latest")]
         assert metas[0] == metas[1]

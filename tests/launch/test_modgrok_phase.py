@@ -14,8 +14,14 @@ import programs
 import pytest
 from programs import contents, fixture_for, summary
 
-from launch import flags as launch_flags
-from launch import modgrok_phase, modgrok_phase_config, modgrok_train, rundir
+from launch import (
+    modgrok_phase,
+    modgrok_phase_config,
+    modgrok_phase_folder,
+    modgrok_train,
+    rundir,
+)
+from launch.modgrok_phase_trainer import Trainer
 
 assert_refused = functools.partial(programs.assert_refused, program="modgrok_phase")
 program = fixture_for(modgrok_phase, "--devices=1")
@@ -50,13 +56,10 @@ def whole(tmp_path_factory):
     """A finished diagram of two runs, not to be altered."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     argv = ["modgrok_phase", *SMALL, f"--workdir={folder}", "--quiet", "--devices=1"]
-    with pytest.raises(SystemExit) as ended:
-        launch_flags.run(
-            modgrok_phase.main,
-            modgrok_phase_config.PhaseConfig,
-            presets=modgrok_phase_config.PRESETS,
-            argv=[*argv, "--compilation_cache="],
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*argv, "--compilation_cache="])
+        with pytest.raises(SystemExit) as ended:
+            modgrok_phase.cli()
     assert not ended.value.code
     return folder
 
@@ -112,13 +115,13 @@ def test_a_run_is_that_of_modgrok_train(train, tmp_path, whole):
 def test_new_rows_train_new_runs_alone(program, tmp_path, whole, monkeypatch):
     """Extended in its folder, and put together from two folders that stay as they are."""
     trained = []
-    real = modgrok_phase._Trainer.train
+    real = Trainer.train
 
-    def counted(self, depth, group, *args):
-        trained.append([cell.num_tasks for cell in group])
-        return real(self, depth, group, *args)
+    def counted(self, depth, share, stop):
+        trained.append([cell.num_tasks for cell in share.cells])
+        return real(self, depth, share, stop)
 
-    monkeypatch.setattr(modgrok_phase._Trainer, "train", counted)
+    monkeypatch.setattr(Trainer, "train", counted)
     shutil.copytree(whole, tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # torn by a kill
@@ -180,7 +183,7 @@ def test_what_a_file_of_a_run_may_hold(change, words, tmp_path, whole):
         x = dict(file)
     np.savez(tmp_path / "runs" / f"{cell.name}.npz", **x | change(x))
     said = []
-    kept = modgrok_phase._kept(cfg, tmp_path, cell, said.append, own=True)
+    kept = modgrok_phase_folder.finished_run(cfg, tmp_path, cell, said.append, own=True)
     assert (kept is None) == bool(words)
     assert len(said) == bool(words)
     assert not words or words in said[0]
@@ -252,7 +255,7 @@ def test_a_chunk_cut_off_goes_on_in_smaller_ones(program, tmp_path, whole, monke
             raise KeyboardInterrupt
         save_arrays(self, name, **arrays)
 
-    monkeypatch.setattr(modgrok_phase._Trainer, "_report", report)
+    monkeypatch.setattr(Trainer, "_report", report)
     monkeypatch.setattr(rundir.RunDir, "save_arrays", save)
     flags = (*SMALL, f"--workdir={tmp_path}/run", "--nofigures")
     cut_at, cut_file = 4, None
@@ -296,7 +299,7 @@ def test_interrupted_and_with_damaged_checkpoints(program, tmp_path, whole, monk
         if step == 4 and cut:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(modgrok_phase._Trainer, "_report", stop)
+    monkeypatch.setattr(Trainer, "_report", stop)
     for damaged, spare in ((False, False), (True, False), (True, True)):
         folder = tmp_path / f"run{damaged}{spare}"
         flags = (*SMALL, f"--workdir={folder}", "--nofigures")
@@ -371,7 +374,7 @@ def test_groups_begin_with_what_was_begun(tmp_path):
     cells = [modgrok_phase_config.Cell(2, n, 0.8, 0.3, 0) for n in (4, 6, 8, 12, 16)]
 
     def groups(missing, chunk):
-        found = modgrok_phase._groups(tmp_path, missing, chunk)
+        found = modgrok_phase_folder.shares(tmp_path, missing, chunk)
         return [(group, slots, begun and begun.path.name) for group, slots, begun in found]
 
     def begin(name, some, checkpoint):

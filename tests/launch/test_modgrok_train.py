@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from programs import contents
 from training_runs import (
     TINY,
     assert_refused,
@@ -16,9 +19,11 @@ from training_runs import (
     final_state,
     losses,
     reports,
+    settings,
 )
 
-from launch import modgrok_config
+from launch import modgrok_config, modgrok_setup
+from launch.checkpoints import Checkpoints
 
 # What the program says ---------------------------------------------------------------------------
 
@@ -147,7 +152,7 @@ def test_bad_input(program, tmp_path, monkeypatch, args, message):
         raise AssertionError("it was about to compile")
 
     monkeypatch.setattr(loop, "run", reached)
-    monkeypatch.setattr(modgrok_config, "state_maker", reached)
+    monkeypatch.setattr(modgrok_setup, "state_maker", reached)
     monkeypatch.chdir(tmp_path)
     devices = [] if any("devices" in arg for arg in args) else ["--devices=1"]
     assert_refused(program(*DEMO, "--workdir=run", "--devices=0", *devices, *args), message)
@@ -311,6 +316,90 @@ def test_all_checkpoints_damaged(program, tmp_path):
     assert_refused(program(*TINY, workdir), "every checkpoint is damaged")
     assert sorted(p for p in tmp_path.rglob("*")) == before
     assert reports(tmp_path / "run") == contents
+
+
+@pytest.fixture
+def rebested(finished, tmp_path):
+    """rebested(step, said) -> a copy of the finished run with another best checkpoint.
+
+    It is of `step` and has zeros for weights; the latest, of step 8, says that it is of `said`.
+    """
+
+    def call(step, said):
+        workdir = tmp_path / "run"
+        shutil.copytree(finished, workdir)
+        cfg = settings(*TINY)
+        like = modgrok_setup.abstract_state(cfg, modgrok_setup.make_parts(cfg))
+        with Checkpoints(workdir / "checkpoints") as store:
+            state, key = store.restore(like).state
+            zeros = state._replace(ema=jax.tree.map(np.zeros_like, state.ema))
+            store.save_best(step, (zeros, key), {"best_step": step, "best_score": 0.9})
+            store.save(8, (state, key), {"best_step": said, "best_score": 0.9})
+        return workdir
+
+    return call
+
+
+def zeros_were_tested(workdir):
+    """Whether every answer was as likely as any other in the test at the end."""
+    with np.load(workdir / "evaluation.npz") as arrays:
+        return np.allclose(arrays["unseen_train_loss_WS"], np.log(5), rtol=1e-6)
+
+
+def test_a_best_checkpoint_is_what_is_tested_and_named(program, rebested):
+    workdir = rebested(4, 4)
+    result = json.loads(program(*TINY, f"--workdir={workdir}")[1])
+    assert (result["best_step"], result["best_score"]) == (4, 0.9)
+    assert zeros_were_tested(workdir)
+
+
+@pytest.mark.parametrize(("steps", "best"), [(8, -1), (12, 12)])
+def test_a_damaged_best_checkpoint_is_put_aside_and_another_chosen(program, rebested, steps, best):
+    """By the tests to come; the run had one of .9, which they do not reach."""
+    workdir = rebested(4, 4)
+    (checkpoint,) = (workdir / "checkpoints" / "best").iterdir()
+    damage(checkpoint)
+    before = list(contents(checkpoint).values())
+    flags = (*TINY, f"--workdir={workdir}", f"--steps={steps}")
+    status, out, err = program(*flags)
+    assert status == 0
+    assert "checkpoint of step 4 is damaged" in err.split("resuming at step 8")[0]
+    assert json.loads(out)["best_step"] == best
+    assert not zeros_were_tested(workdir)
+    (aside,) = (workdir / "checkpoints" / "damaged" / "best").iterdir()
+    assert list(contents(aside).values()) == before  # nothing is deleted
+    if best > 0:
+        assert final_state(workdir, "best")[0] == best
+    status, again, err = program(*flags)
+    assert (status, "is damaged" in err) == (0, False)
+    assert json.loads(again)["best_step"] == best
+
+
+def test_a_damaged_best_checkpoint_that_is_the_latest_too_is_saved_again(program, rebested):
+    workdir = rebested(8, 8)
+    (checkpoint,) = (workdir / "checkpoints" / "best").iterdir()
+    damage(checkpoint)
+    status, out, _ = program(*TINY, f"--workdir={workdir}", "--target=0.9")
+    assert status == 0
+    assert (json.loads(out)["best_step"], json.loads(out)["best_score"]) == (8, 0.9)
+    assert not zeros_were_tested(workdir)
+    step, arrays = final_state(workdir, "best")
+    assert step == 8
+    assert arrays.keys() == final_state(workdir)[1].keys()
+    for name, value in final_state(workdir)[1].items():
+        np.testing.assert_array_equal(arrays[name], value)
+
+
+@pytest.mark.parametrize(("steps", "best"), [(8, -1), (12, 12)])
+def test_the_best_checkpoint_of_a_step_that_was_not_made_again(program, rebested, steps, best):
+    """As a kill between saving the best and the latest leaves it, and then another --target."""
+    workdir = rebested(10, 4)
+    flags = (*TINY, f"--workdir={workdir}", f"--steps={steps}", "--target=0.01")
+    status, out, _ = program(*flags)
+    result = json.loads(out)
+    assert status == 0
+    assert (result["steps"], result["best_step"]) == (steps, best)
+    assert not zeros_were_tested(workdir)
 
 
 def test_a_loss_that_is_no_number(program, tmp_path):

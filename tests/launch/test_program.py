@@ -1,6 +1,9 @@
 """What every program that ends does with the folder of an earlier run, in one that only counts."""
 
+import errno
+import functools
 import json
+import tempfile
 
 import numpy as np
 import pytest
@@ -71,3 +74,41 @@ def test_a_finished_run_without_its_arrays_is_refused(damage, figures, run, tmp_
     with pytest.raises(UsageError, match=r"run: counted.npz cannot be read .*; expected the file"):
         run(PROGRAM, figures=figures)
     assert contents(tmp_path / "run") == before
+
+
+merged = functools.partial(program.merged, program="count", free=("seed",), what="a count")
+
+
+def test_folders_to_merge_are_only_read(run, tmp_path, monkeypatch):
+    """As those of another machine, mounted to be read, have to be; blanks and commas do no harm."""
+    run(PROGRAM, figures=False)
+
+    def read_only(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    cfg = program.RunConfig(seed=3, compilation_cache="")
+    assert merged(cfg, f" {tmp_path}/run ,,{tmp_path}/run/,") == [tmp_path / "run"] * 2
+    assert merged(cfg, "") == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("none", "none: expected the folder of a count, with config.json"),
+        ("x" * 300, "x: expected the folder of a count, with config.json"),
+        ("run", "run: holds a run with other settings: grain is 0 there and absent here"),
+        ("other", "other: belongs to other; expected a folder of count"),
+        ("torn", "torn: its config.json cannot be read"),
+    ],
+)
+def test_what_cannot_be_merged(folder, words, run, tmp_path):
+    run(PROGRAM, figures=False)
+    for name, text in (("other", '{"program": "other"}'), ("torn", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"seed"', '"grain"'))
+    with pytest.raises(UsageError, match=words) as error:
+        merged(program.RunConfig(), f"{tmp_path}/{folder}")
+    assert str(error.value).startswith(f"--merge={tmp_path}/{folder}: ")

@@ -45,6 +45,19 @@ def test_default_path_is_fresh(tmp_path, monkeypatch):
     assert names == [stem, f"{stem}-2", f"{stem}-3"]
 
 
+def test_new_folders_are_made_at_once(tmp_path, monkeypatch):
+    """Of two programs that were given the same name the second takes another."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "20300102-030405")
+    real = rundir.default_path
+    stale = [real("train")] * 2
+    monkeypatch.setattr(rundir, "default_path", lambda name: (stale or [real(name)]).pop())
+    names = [rundir.new_folder("train").as_posix() for _ in range(2)]
+    stem = "runs/train-20300102-030405"
+    assert names == [stem, f"{stem}-2"]
+    assert all(os.path.isdir(name) for name in names)
+
+
 def test_new_and_empty_folders_start_a_run(tmp_path):
     before = snapshot(tmp_path)
     assert not check(tmp_path)
@@ -239,6 +252,45 @@ def test_figures_and_arrays(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.write_bytes(b""), "No data left"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "not a zip file"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"NUMPY", b"GUMPY")), "CRC"),
+        (lambda path: np.savez(path, a_2=np.array([object()])), "allow_pickle"),
+        (lambda path: np.savez(path, b=np.ones(2)), "a_2 is not a file in the archive"),
+    ],
+)
+def test_arrays_that_cannot_be_read(damage, reason, tmp_path):
+    with make(tmp_path) as run:
+        run.save_arrays("probe", a_2=np.ones(2), b=np.arange(3))
+    path = tmp_path / "probe.npz"
+    both = rundir.read_arrays(path)
+    assert list(both) == ["a_2", "b"]
+    np.testing.assert_array_equal(both["b"], [0, 1, 2])
+    assert list(rundir.read_arrays(path, ["b"])) == ["b"]
+    damage(path)
+    with pytest.raises(rundir.Unreadable, match=reason):
+        rundir.read_arrays(path, ["a_2"])
+
+
+def test_nothing_put_aside_is_overwritten(tmp_path):
+    """Not even once somebody has removed an earlier one."""
+    aside, path = tmp_path / "damaged", tmp_path / "probe.npz"
+    for content in ("a", "b"):
+        path.write_text(content)
+        rundir.put_aside(path, aside)
+    (aside / "000-probe.npz").unlink()
+    path.write_text("c")
+    assert rundir.put_aside(path, aside) == aside / "002-probe.npz"
+    assert {one.name: one.read_text() for one in aside.iterdir()} == {
+        "001-probe.npz": "b",
+        "002-probe.npz": "c",
+    }
+
+
 def test_files_are_whole_or_absent(tmp_path, monkeypatch):
     with make(tmp_path) as run:
         run.save_arrays("probe", x=np.ones(2))
@@ -263,6 +315,25 @@ def test_summary_line_is_one_line_of_strict_json(capsys, tmp_path):
     assert out.count("\n") == 1
     wanted = {"loss": 0.5, "nan": None, "a": [0, 1], "workdir": str(tmp_path)}
     assert json.loads(out, parse_constant=pytest.fail) == wanted
+
+
+def test_rounded_json():
+    value = {"a": [np.float32(1 / 3), 123456.789, np.inf], 2: (True, 1234567, "x", None)}
+    wanted = {"a": [0.33333, 123460.0, None], "2": [True, 1234567, "x", None]}
+    assert rundir.plain(value, 5) == wanted
+    assert rundir.plain(0.1 + 0.2) == 0.1 + 0.2
+
+
+def test_a_table():
+    shown = {None: "-", 0.5: ".5"}
+    found = rundir.table(["a", "b"], [[None, 0.5]], shown.__getitem__)
+    assert found == "| a | b |\n| --- | --- |\n| - | .5 |"
+
+
+def test_what_is_said(capsys):
+    rundir.speaker(True)("unheard")
+    rundir.speaker(False)("heard")
+    assert capsys.readouterr() == ("", "heard\n")
 
 
 def test_summary_line_is_flushed():

@@ -98,7 +98,9 @@ def test_four_sets_have_their_own_tasks_inputs_and_keys():
         np.testing.assert_allclose(scores.loss_WS, loss_WS, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("asked", "wanted"), [(3, [3, 3, 3, 3]), ((4, 2), [4, 4, 2, 2])])
+@pytest.mark.parametrize(
+    ("asked", "wanted"), [(3, [3] * 4), (np.int64(3), [3] * 4), ((4, 2), [4, 4, 2, 2])]
+)
 def test_number_of_sequences(asked, wanted):
     run = functools.partial(evaluate, sequences_per_task=asked, **OPTIONS)
     sets = jax.eval_shape(run, PARAMS, KEY, TASKS, INPUTS)
@@ -111,8 +113,12 @@ def test_number_of_sequences(asked, wanted):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_sequences": 0}, "num_sequences=0 must be at least 1"),
-        ({"num_sequences": 4, "rows": 0}, "rows=0 must be at least 1"),
+        ({"num_sequences": 0}, "num_sequences=0, expected at least 1"),
+        ({"num_sequences": 4, "rows": 0}, "rows=0, expected at least 1"),
+        (
+            {"num_sequences": 4, "gate": np.ones((1, 3, 1))},
+            r"gate has shape \(1, 3, 1\), expected \(1,\) or \(3, 1\)",
+        ),
     ],
 )
 def test_impossible_requests(options, message):

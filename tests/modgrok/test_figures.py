@@ -66,8 +66,8 @@ def test_training_curves_without_best_step_or_sets():
     ("history", "message"),
     [
         ({"loss": [1.0]}, "lacks the column step"),
-        ({"step": [1], "accuracy": [1.0]}, "unknown name 'accuracy', wanted one of step, loss"),
-        ({"step": [1, 2], "loss": [1.0]}, r"history\['loss'\] has shape \(1,\), wanted \(2,\)"),
+        ({"step": [1], "accuracy": [1.0]}, "unknown name 'accuracy', expected one of step, loss"),
+        ({"step": [1, 2], "loss": [1.0]}, r"history\['loss'\] has shape \(1,\), expected \(2,\)"),
     ],
 )
 def test_training_curves_refuse(history, message):
@@ -108,7 +108,7 @@ def test_accuracy_by_shots_with_a_set_missing(missing):
 
 
 def test_accuracy_by_shots_refuses_unknown_set():
-    with pytest.raises(ValueError, match="unknown name 'train', wanted one of seen_train"):
+    with pytest.raises(ValueError, match="unknown name 'train', expected one of seen_train"):
         figures.accuracy_by_shots({"train": [1.0]}, modulus=P)
 
 
@@ -149,9 +149,9 @@ def test_task_map_with_all_tasks_seen():
 @pytest.mark.parametrize(
     ("unseen", "accuracy", "message"),
     [
-        ([[1, 1]], [0.5, 0.5], r"unseen accuracy has shape \(2,\), wanted \(1,\)"),
-        ([[1, 5]], [0.5], "unseen tasks reach outside 0..4"),
-        ([[-1, 0]], [0.5], "unseen tasks reach outside 0..4"),
+        ([[1, 1]], [0.5, 0.5], r"unseen accuracy has shape \(2,\), expected \(1,\)"),
+        ([[1, 5]], [0.5], "unseen tasks reach outside, expected from 0 to 4"),
+        ([[-1, 0]], [0.5], "unseen tasks reach outside, expected from 0 to 4"),
     ],
 )
 def test_task_map_refuses(unseen, accuracy, message):

@@ -129,10 +129,12 @@ def test_devices_change_no_answer_and_share_the_work():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="wanted 2 whole sequences"):
+    with pytest.raises(ValueError, match="expected 2 whole sequences"):
         ask(controls.bayes(P).predict, CONTEXT_CT, TASK_C2[:2], SHOT_K)
     with pytest.raises(ValueError, match="modulus=6 is not a prime"):
         grids.shot_grids(len, CONTEXT_CT, TASK_C2, SHOT_K, modulus=6)
     for shot in (-1, SHOTS):
-        with pytest.raises(ValueError, match=rf"shot_K=\[0, {shot}\]: wanted numbers from 0 to 6"):
+        with pytest.raises(
+            ValueError, match=rf"shot_K=\[0, {shot}\], expected numbers from 0 to 6"
+        ):
             ask(controls.bayes(P).predict, CONTEXT_CT, TASK_C2, [0, shot])

@@ -147,53 +147,57 @@ def test_heads_are_needed_without_frequencies(arrays):
     assert interop.from_state_dict(bare, heads=2)[0].heads == 2
     with pytest.raises(ValueError, match="width=24 is not a multiple of heads=5"):
         interop.from_state_dict(bare, heads=5)
-    with pytest.raises(ValueError, match="heads=0 must be at least 1"):
+    with pytest.raises(ValueError, match="heads=0, expected at least 1"):
         interop.from_state_dict(bare, heads=0)
 
 
 def test_heads_that_contradict_the_frequencies_are_refused(arrays):
-    with pytest.raises(ValueError, match=r"freqs has shape \(4,\), wanted shape \(6,\)"):
+    with pytest.raises(ValueError, match=r"freqs has shape \(4,\), expected shape \(6,\)"):
         interop.from_state_dict(arrays, heads=2)
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("transformer.wte.weight", None, r"wte.weight is missing, wanted shape \(vocab, width\)"),
-        ("transformer.wte.weight", lambda x: x[0], r"wte.weight has shape \(24,\), wanted shape"),
-        ("transformer.wte.weight", lambda x: x[:, :0], r"has shape \(11, 0\), wanted shape"),
-        (BLOCK + "ln_2.bias", None, r"1.ln_2.bias is missing, wanted shape \(24,\)"),
-        ("transformer.ln_f.weight", None, r"ln_f.weight is missing, wanted shape \(24,\)"),
-        (BLOCK + "attn.to_qkv.weight", np.transpose, r"\(24, 72\), wanted shape \(72, 24\)"),
-        (BLOCK + "mlp.c_proj.weight", np.transpose, r"\(96, 24\), wanted shape \(24, 96\)"),
-        ("transformer.h.0.mlp.c_fc.weight", np.transpose, r"\(24, 96\), wanted shape \(96, 24\)"),
+        ("transformer.wte.weight", None, r"wte.weight is missing, expected shape \(vocab, width\)"),
+        ("transformer.wte.weight", lambda x: x[0], r"wte.weight has shape \(24,\), expected shape"),
+        ("transformer.wte.weight", lambda x: x[:, :0], r"has shape \(11, 0\), expected shape"),
+        (BLOCK + "ln_2.bias", None, r"1.ln_2.bias is missing, expected shape \(24,\)"),
+        ("transformer.ln_f.weight", None, r"ln_f.weight is missing, expected shape \(24,\)"),
+        (BLOCK + "attn.to_qkv.weight", np.transpose, r"\(24, 72\), expected shape \(72, 24\)"),
+        (BLOCK + "mlp.c_proj.weight", np.transpose, r"\(96, 24\), expected shape \(24, 96\)"),
+        ("transformer.h.0.mlp.c_fc.weight", np.transpose, r"\(24, 96\), expected shape \(96, 24\)"),
         (
             "transformer.h.0.mlp.c_fc.weight",
             lambda x: x[:50],
-            r"\(50, 24\), wanted shape \(a multiple of 24, 24\)",
+            r"\(50, 24\), expected shape \(a multiple of 24, 24\)",
         ),
-        ("transformer.h.0.mlp.c_fc.weight", None, r"0.mlp.c_fc.weight is missing, wanted shape"),
+        ("transformer.h.0.mlp.c_fc.weight", None, r"0.mlp.c_fc.weight is missing, expected shape"),
         (
             "transformer.h.0.attn.rotary_emb.freqs",
             lambda x: np.ones(5, np.float32),
-            r"freqs has shape \(5,\), wanted shape \(24 / heads / 2,\)",
+            r"freqs has shape \(5,\), expected shape \(24 / heads / 2,\)",
         ),
-        (BLOCK + "attn.rotary_emb.freqs", lambda x: x[:3], r"\(3,\), wanted shape \(4,\)"),
+        (BLOCK + "attn.rotary_emb.freqs", lambda x: x[:3], r"\(3,\), expected shape \(4,\)"),
         (
             BLOCK + "attn.rotary_emb.freqs",
             lambda x: x * np.array([1, 1.001, 1, 1], np.float32),
-            r"1.attn.rotary_emb.freqs has 0.1001 at 1, wanted 0.1: only fixed",
+            r"1.attn.rotary_emb.freqs has 0.1001 at 1, expected 0.1: only fixed",
         ),
-        (BLOCK + "attn.rotary_emb.freqs", lambda x: x * np.nan, "freqs has nan at 0, wanted 1"),
+        (BLOCK + "attn.rotary_emb.freqs", lambda x: x * np.nan, "freqs has nan at 0, expected 1"),
         ("lm_head.weight", lambda x: x + 1e-3, "lm_head.weight .* differs from .*tied"),
-        ("lm_head.weight", lambda x: x[:9], r"lm_head.weight has shape \(9, 24\), wanted shape"),
-        (BLOCK + "ln_1.bias", lambda x: x.astype(int), "ln_1.bias has dtype int64, wanted a float"),
+        ("lm_head.weight", lambda x: x[:9], r"lm_head.weight has shape \(9, 24\), expected shape"),
+        (
+            BLOCK + "ln_1.bias",
+            lambda x: x.astype(int),
+            "ln_1.bias has dtype int64, expected a float",
+        ),
         ("transformer.wpe.weight", lambda x: np.ones(3), "transformer.wpe.weight is unknown"),
         ("transformer.h.7.ln_1.bias", lambda x: np.ones(24), "h.7.ln_1.bias is unknown .* 3 la"),
         ("module.lm_head.weight", lambda x: np.ones(3), "entry lm_head.weight is there twice"),
     ],
 )
-def test_bad_entries_are_named_with_found_and_wanted(name, change, message, arrays):
+def test_bad_entries_are_named_with_found_and_expected(name, change, message, arrays):
     if change is None:
         del arrays[name]
     else:
@@ -205,13 +209,13 @@ def test_bad_entries_are_named_with_found_and_wanted(name, change, message, arra
 
 def test_a_state_dict_without_blocks_is_refused(arrays):
     outer = {name: value for name, value in arrays.items() if ".h." not in name}
-    with pytest.raises(ValueError, match="layers=0 must be at least 1"):
+    with pytest.raises(ValueError, match="layers=0, expected at least 1"):
         interop.from_state_dict(outer, heads=3)
 
 
 def test_export_with_another_config_is_refused(arrays):
     cfg, params = interop.from_state_dict(arrays)
-    with pytest.raises(ValueError, match="norm='post': the reference's models have norm='pre'"):
+    with pytest.raises(ValueError, match="norm='post', expected 'pre' as the reference's"):
         interop.to_state_dict(params, dataclasses.replace(cfg, norm="post"))
     for change in ({"heads": 2}, {"layers": 1}):
         with pytest.raises(ValueError, match=r"blocks/\S+ has shape \(2, .* for Config"):
@@ -295,7 +299,10 @@ def test_pt_that_runs_code_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [([1, 2], "holds a list, wanted a state dict"), ({"step": 3}, "entry step is a int, wanted")],
+    [
+        ([1, 2], "holds a list, expected a state dict"),
+        ({"step": 3}, "entry step is a int, expected"),
+    ],
 )
 def test_pt_of_something_else_is_refused(content, message, tmp_path):
     path = path_with(tmp_path, ".pt")
@@ -322,7 +329,9 @@ def test_unknown_suffix_and_missing_file(tmp_path, arrays):
     cfg, params = interop.from_state_dict(arrays)
     bad = tmp_path / "weights.bin"
     for use in (interop.load_reference, lambda path: interop.save_reference(path, params, cfg)):
-        with pytest.raises(ValueError, match=r"suffix '.bin' is not one of .pt, .pth, .safetens"):
+        with pytest.raises(
+            ValueError, match=r"suffix '.bin', expected one of .pt, .pth, .safetens"
+        ):
             use(bad)
     assert not bad.exists()
     with pytest.raises(FileNotFoundError, match=r"absent\.npz"):

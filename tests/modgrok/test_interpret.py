@@ -139,7 +139,7 @@ def test_input_grid_is_one_context_with_every_input_and_its_answer():
         assert (tokens_NT[:, column] == TOKENS_BT[5, column]).all()
     np.testing.assert_array_equal(tokens_NT[:, 9:11], EVERY)
     np.testing.assert_array_equal(tokens_NT[:, 11], (2 * EVERY[:, 0] + 3 * EVERY[:, 1]) % P)
-    with pytest.raises(ValueError, match="shot=5 must be between 0 and 4"):
+    with pytest.raises(ValueError, match="shot=5, expected from 0 to 4"):
         interpret.input_grid(TOKENS_BT[5], np.array([2, 3]), modulus=P, shot=5)
 
 
@@ -176,7 +176,7 @@ def test_components_are_those_of_scikit_learn():
         ).all()
     still = interpret.principal_components(np.full((1, 9, 5), 0.1, np.float32), components=2)
     np.testing.assert_array_equal(still.explained_GC, 0)
-    with pytest.raises(ValueError, match="components=13 must be between 1 and 12"):
+    with pytest.raises(ValueError, match="components=13, expected from 1 to 12"):
         interpret.principal_components(feature_GND, components=13)
 
 
@@ -279,13 +279,13 @@ def test_controls_answer_as_the_oracles_and_differ():
     [
         (
             lambda: scores(np.zeros((1, 2, 1, 8, 8)), np.zeros((2, 6), int)),
-            "wanted whole sequences",
+            "expected whole sequences",
         ),
         (
             lambda: interpret.ratio_similarity(
                 np.zeros((1, 9, 2)), jax.random.key(0), modulus=5, num=2
             ),
-            r"wanted p\^2 = 25 rows",
+            r"expected p\^2 = 25 rows",
         ),
         (
             lambda: interpret.ratio_similarity(
@@ -297,7 +297,6 @@ def test_controls_answer_as_the_oracles_and_differ():
             lambda: interpret.input_grid(TOKENS_BT[5], np.array([2, 3]), modulus=6, shot=3),
             "modulus=6 is not a prime",
         ),
-        (lambda: interpret.matches(TOKENS_BT, 6), "modulus=6 is not a prime"),
     ],
 )
 def test_refusals(call, words):

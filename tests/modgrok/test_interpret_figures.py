@@ -66,7 +66,7 @@ def test_circle_of_circles_colours_logarithms_and_marks_zero():
         np.testing.assert_array_equal(dots.get_offsets(), score_N2[token_N > 0])
         np.testing.assert_array_equal(dots.get_array(), log_p[token_N[token_N > 0]])
         np.testing.assert_array_equal(zeros.get_offsets(), score_N2[token_N == 0])
-    with pytest.raises(ValueError, match=r"shape \(4, 2\), wanted \(25, 2\)"):
+    with pytest.raises(ValueError, match=r"shape \(4, 2\), expected \(25, 2\)"):
         figures.circle_of_circles(score_N2[:4], modulus=P)
 
 

@@ -348,15 +348,18 @@ def test_equal_configs_are_one_program():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"vocab": 0}, "vocab=0 must be at least 1"),
-        ({"layers": 0}, "layers=0 must be at least 1"),
-        ({"heads": 0}, "heads=0 must be at least 1"),
-        ({"width": -4}, "width=-4 must be at least 1"),
-        ({"mlp_ratio": 0}, "mlp_ratio=0 must be at least 1"),
+        ({"vocab": 0}, "vocab=0, expected at least 1"),
+        ({"layers": 0}, "layers=0, expected at least 1"),
+        ({"heads": 0}, "heads=0, expected at least 1"),
+        ({"width": -4}, "width=-4, expected at least 1"),
+        ({"mlp_ratio": 0}, "mlp_ratio=0, expected at least 1"),
         ({"width": 10, "heads": 4}, "width=10 is not a multiple of heads=4"),
-        ({"width": 12, "heads": 4}, "width=12 over heads=4 gives heads of 3 channels.*even"),
-        ({"norm": "both"}, "norm='both' is not one of 'pre', 'post'"),
-        ({"dtype": "float16"}, "dtype='float16' is not one of 'float32', 'bfloat16'"),
+        (
+            {"width": 12, "heads": 4},
+            "width=12 over heads=4 gives heads of 3 .*expected an even",
+        ),
+        ({"norm": "both"}, "norm='both', expected 'pre' or 'post'"),
+        ({"dtype": "float16"}, "dtype='float16', expected 'float32' or 'bfloat16'"),
     ],
 )
 def test_impossible_settings(settings, message):
@@ -367,13 +370,13 @@ def test_impossible_settings(settings, message):
 @pytest.mark.parametrize(
     ("length", "options", "message"),
     [
-        (11, {}, "tokens_BT has 11 tokens a row, not a multiple of 3"),
+        (11, {}, "tokens_BT has 11 tokens a row, expected a multiple of 3"),
         (0, {}, "tokens_BT has 0 tokens a row"),
-        (12, {"positions": "last"}, "positions='last' is not one of 'answers', 'all'"),
-        (12, {"capture": True}, "capture and patch need positions='all', got 'answers'"),
-        (12, {"patch": Patch(head=(True, np.zeros(2)))}, "capture and patch need positions='all'"),
-        (12, {"gate": np.ones(3)}, r"gate has shape \(3,\), wanted \(2,\) or \(2, 2\)"),
-        (12, {"gate": np.ones(2), "cfg": POST}, "gates need norm='pre', got 'post'"),
+        (12, {"positions": "last"}, "positions='last', expected 'answers' or 'all'"),
+        (12, {"capture": True}, "positions='answers', expected 'all' with capture or patch"),
+        (12, {"patch": Patch(head=(True, np.zeros(2)))}, "expected 'all' with capture or patch"),
+        (12, {"gate": np.ones(3)}, r"gate has shape \(3,\), expected \(2,\) or \(2, 2\)"),
+        (12, {"gate": np.ones(2), "cfg": POST}, "norm='post', expected 'pre' with gates"),
     ],
 )
 def test_impossible_requests(length, options, message):

@@ -323,16 +323,16 @@ def test_large_batches_are_worked_on_in_pieces_with_the_same_result():
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_malformed_sequences_are_refused(predictor):
-    with pytest.raises(ValueError, match=r"tokens_BT has shape \(2, 8\), want \(sequences, 3"):
+    with pytest.raises(ValueError, match=r"tokens_BT has shape \(2, 8\), expected \(sequences, 3"):
         predictor(np.zeros((2, 8), np.int32), 5)
-    with pytest.raises(ValueError, match=r"tokens_BT has shape \(9,\), want \(sequences, 3"):
+    with pytest.raises(ValueError, match=r"tokens_BT has shape \(9,\), expected \(sequences, 3"):
         predictor(np.zeros(9, np.int32), 5)
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (4, 3), (2,)])
 def test_malformed_pools_and_inputs_are_refused(shape):
     rows = np.zeros(shape, np.int32)
-    wanted = re.escape(f" has shape {shape}, want (rows, 2) with at least one row")
+    wanted = re.escape(f" has shape {shape}, expected (rows, 2) with at least one row")
     with pytest.raises(ValueError, match="pool_W2" + wanted):
         oracles.bayes(np.zeros((1, 6), np.int32), 5, rows)
     for closed_form in CLOSED_FORMS:
@@ -343,6 +343,7 @@ def test_malformed_pools_and_inputs_are_refused(shape):
 @pytest.mark.parametrize(
     "call",
     [
+        lambda: oracles.matches(np.zeros((1, 6), np.int32), 6),
         lambda: oracles.ratio_matching(np.zeros((1, 6), np.int32), 6),
         lambda: oracles.bayes(np.zeros((1, 6), np.int32), 6),
         lambda: oracles.ratio_matching_accuracy(6, 3),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from modgrok.sequences import answers, check_batch, sample_sequences
+from modgrok.sequences import answers, check_batch, in_batches, sample_sequences
 
 P, S, R = 7, 5, 3
 TASK_W2 = np.array([[1, 2], [0, 0], [6, 6], [0, 3]], np.int32)
@@ -99,5 +99,36 @@ def test_batch_must_be_balanced(batch, num_tasks, nearest):
 
 
 def test_shots_must_be_positive():
-    with pytest.raises(ValueError, match="shots=0 must be at least 1"):
+    with pytest.raises(ValueError, match="shots=0, expected at least 1"):
         sample_sequences(jax.random.key(0), TASK_W2, INPUT_M2, modulus=P, shots=0, batch=B)
+
+
+def test_a_concrete_number_of_tasks_must_divide_the_batch():
+    draw = functools.partial(
+        sample_sequences, jax.random.key(0), TASK_W2, INPUT_M2, modulus=P, shots=S, batch=B
+    )
+    for num_tasks in (7, np.int64(7)):
+        with pytest.raises(ValueError, match="batch=12 is not a multiple of the 7 tasks"):
+            draw(num_tasks=num_tasks)
+    assert draw(num_tasks=3).shape == (B, 3 * S)
+
+
+def test_a_number_of_tasks_needs_draws_that_do_not_depend_on_the_shape():
+    with (
+        jax.threefry_partitionable(False),
+        pytest.raises(ValueError, match="num_tasks needs jax_threefry_partitionable=True"),
+    ):
+        sample_sequences(
+            jax.random.key(0), TASK_W2, INPUT_M2, modulus=P, shots=S, batch=B, num_tasks=2
+        )
+
+
+@pytest.mark.parametrize(("rows", "shape"), [(3, (3, 3)), (4, (2, 4)), (100, (1, 7))])
+def test_batches_have_every_row_once_and_are_filled_with_the_first(rows, shape):
+    x_B2 = np.arange(14).reshape(7, 2)
+    one, two = in_batches((x_B2, x_B2[:, 0]), rows)
+    assert (one.shape, two.shape) == ((*shape, 2), shape)
+    flat = np.asarray(one).reshape(-1, 2)
+    np.testing.assert_array_equal(flat[:7], x_B2)
+    assert (flat[7:] == x_B2[0]).all()
+    np.testing.assert_array_equal(two, one[..., 0])

@@ -42,7 +42,6 @@ def test_box_is_that_of_the_corners(depth, radius):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.usefixtures("full_compilation")
 @pytest.mark.parametrize(
     "depth",
     [pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW), pytest.param(4, marks=SLOW), 5],

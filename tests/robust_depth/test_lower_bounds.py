@@ -37,16 +37,16 @@ def test_lower_bounds_against_the_exact_drop_of_one_layer(model):
     weights, problem, w_1D, twin = linear_twin(model)
     exact = flatness(w_1D, twin, 0.2)
     sampled = sampled_lower_bound(
-        jax.random.key(2), weights, problem, model=model, radius=0.2, samples=500
+        jax.random.key(2), weights, problem, model=model, radius=0.2, num_samples=500
     )
     descended = descent_lower_bound(
-        jax.random.key(2), weights, problem, model=model, radius=0.2, steps=500, starts=2
+        jax.random.key(2), weights, problem, model=model, radius=0.2, num_steps=500, num_starts=2
     )
     most = float(exact.drop + exact.gap) + 1e-6
     assert 0 <= float(sampled) < float(descended) <= most
     assert float(descended) > 0.5 * float(exact.drop)
     still = descent_lower_bound(
-        jax.random.key(2), weights, problem, model=model, radius=0.0, steps=3, starts=2
+        jax.random.key(2), weights, problem, model=model, radius=0.0, num_steps=3, num_starts=2
     )
     assert float(still) == 0
 
@@ -57,12 +57,14 @@ def test_lower_bounds_of_a_deep_diagonal_network():
     exact = flatness(w_ND, problem, 0.3)
     options = {"model": method.DIAGONAL, "radius": 0.3}
     sampled, many = (
-        float(sampled_lower_bound(jax.random.key(1), w_ND, problem, samples=samples, **options))
+        float(sampled_lower_bound(jax.random.key(1), w_ND, problem, num_samples=samples, **options))
         for samples in (1, 1000)
     )
     one, starts = (
         float(
-            descent_lower_bound(jax.random.key(1), w_ND, problem, steps=steps, starts=8, **options)
+            descent_lower_bound(
+                jax.random.key(1), w_ND, problem, num_steps=steps, num_starts=8, **options
+            )
         )
         for steps in (1, 1000)
     )
@@ -74,9 +76,9 @@ def test_lower_bounds_of_a_deep_diagonal_network():
 @pytest.mark.parametrize(
     ("bound", "message"),
     [
-        (functools.partial(sampled_lower_bound, samples=0), "samples=0, expected"),
-        (functools.partial(descent_lower_bound, steps=1, starts=0), "starts=0, expected"),
-        (functools.partial(descent_lower_bound, steps=0, starts=1), "steps=0, expected"),
+        (functools.partial(sampled_lower_bound, num_samples=0), "num_samples=0, expected"),
+        (functools.partial(descent_lower_bound, num_steps=1, num_starts=0), "num_starts=0, exp"),
+        (functools.partial(descent_lower_bound, num_steps=0, num_starts=1), "num_steps=0, exp"),
     ],
 )
 def test_wrong_requests(bound, message):
@@ -85,5 +87,5 @@ def test_wrong_requests(bound, message):
         bound(jax.random.key(0), weights, problem, model=method.DIAGONAL, radius=0.1)
     with pytest.raises(ValueError, match="radius=-1, expected"):
         sampled_lower_bound(
-            jax.random.key(0), weights, problem, model=method.DIAGONAL, radius=-1, samples=1
+            jax.random.key(0), weights, problem, model=method.DIAGONAL, radius=-1, num_samples=1
         )

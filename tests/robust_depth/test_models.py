@@ -121,11 +121,11 @@ def test_relu_network(depth):
     ("call", "words"),
     [
         (lambda: models.init_diagonal(KEY, depth=0, dim=3), "depth=0, expected a whole number"),
-        (lambda: models.init_diagonal(KEY, depth=2, dim=0), "dim=0, expected at least 1"),
+        (lambda: models.init_diagonal(KEY, depth=2, dim=0), "dim=0, expected a whole number, at"),
         (lambda: models.init_diagonal(KEY, depth=2, dim=3, scheme="warm"), "scheme='warm', exp"),
         (lambda: models.init_matrix(KEY, depth=True, dim=3, scale=1.0), "depth=True, expected"),
         (lambda: models.init_matrix(KEY, depth=2, dim=3, scale=1.0, scheme="balanced"), "scheme="),
-        (lambda: models.init_relu(KEY, depth=2, dim=3, width=0), "width=0, expected at least 1"),
+        (lambda: models.init_relu(KEY, depth=2, dim=3, width=0), "width=0, expected a whole"),
         (lambda: models.balanced_solution(jnp.ones(2), 0), "depth=0, expected"),
         (lambda: models.unbalanced_solution(jnp.ones(2), -1), "depth=-1, expected"),
     ],

@@ -121,7 +121,7 @@ def test_memory_grows_with_records_trials_and_batches():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"depths": (0,)}, "depth=0, expected a whole number of layers"),
+        ({"depths": (0,)}, "depth=0, expected a whole number, at least 1"),
         ({"depths": ()}, r"depths=\(\), expected one value or more"),
         ({"depths": (2, 2)}, r"depths=\(2, 2\), expected one value or more, each once"),
         ({"fractions": (0.1, 1.0)}, "outlier_fraction=1.0, expected from 0 to less than 1"),
