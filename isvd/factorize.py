@@ -11,7 +11,6 @@ Axes: M rows, N columns, K rank, B block.
 import dataclasses
 import functools
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from isvd.arguments import check_dtype, check_integer, checked_number
 from isvd.axes import on_automatic_axes
 from isvd.derivative import pull_back, svd_tangent
 from isvd.krylov import PATIENCE, krylov_svd
-from isvd.operators import LinearOperator, _Static
+from isvd.operators import LinearOperator, _Static, holds_something
 from isvd.orthonormal import orthonormalize
 from isvd.subspace import subspace_svd
 from isvd.triplets import SVD, Plan, matmul, signed, thin_svd
@@ -94,7 +93,7 @@ def hoisted(op: LinearOperator) -> LinearOperator:
     _check_operator(op)
     products = []
     for product, size in ((op.matmat, op.shape[1]), (op.rmatmat, op.shape[0])):
-        if not _holds_something(product):
+        if not holds_something(product):
             products.append(product)
             continue
         leaves, structure = jax.tree.flatten(product)
@@ -107,18 +106,6 @@ def hoisted(op: LinearOperator) -> LinearOperator:
         applied = Partial(_applied, _Static(converted), leaves, constants)
         products.append(applied if constants else product)
     return dataclasses.replace(op, matmat=products[0], rmatmat=products[1])
-
-
-def _holds_something(product: Any) -> bool:
-    if isinstance(product, Partial):
-        parts = [product.func, *product.args, *product.keywords.values()]
-        return any(map(_holds_something, parts))
-    if isinstance(product, tuple | list):
-        return any(map(_holds_something, product))
-    if isinstance(product, FunctionType):
-        places = (product.__closure__, product.__defaults__, product.__kwdefaults__)
-        return any(place is not None for place in places)
-    return callable(product)  # a bound method, or another object with arrays of its own
 
 
 def _closure_converted(fn: Callable, *example: Any) -> tuple[Callable, list[jax.Array]]:

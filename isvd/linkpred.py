@@ -16,7 +16,7 @@ import scipy.sparse
 from isvd.arguments import check_integer
 from isvd.design import link_operator
 from isvd.factorize import SVD, svd
-from isvd.metrics import hits_at_k, mean_reciprocal_rank, roc_auc  # noqa: F401, users find them here
+from isvd.metrics import roc_auc
 from isvd.readers import adjacency
 
 RANKS = (4, 8, 16, 32, 64, 128, 256)

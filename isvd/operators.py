@@ -192,7 +192,7 @@ def compiled(fn: Callable, *given: Any) -> Partial:
     kept with a program, or a leaf that is no array, such as text.
     """
     leaves_are_arrays = all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(given))
-    if not leaves_are_arrays or _holds_something(given):
+    if not leaves_are_arrays or holds_something(given):
         return Partial(fn, *given)
     # The jitted function is not the Partial's own, which `svd` takes for one that holds something.
     return Partial(_run, _Static(fn), *given)
@@ -207,13 +207,13 @@ def _run_compiled(fn: _Static, *given: Any) -> Any:
     return fn.value(*given)
 
 
-def _holds_something(product: Any) -> bool:
+def holds_something(product: Any) -> bool:
     """Whether a function in it has more than its arguments: a closure, defaults, attributes."""
     if isinstance(product, Partial):
         parts = [product.func, *product.args, *product.keywords.values()]
-        return any(map(_holds_something, parts))
+        return any(map(holds_something, parts))
     if isinstance(product, tuple | list):
-        return any(map(_holds_something, product))
+        return any(map(holds_something, product))
     if isinstance(product, FunctionType):
         places = (product.__closure__, product.__defaults__, product.__kwdefaults__)
         return any(place is not None for place in places)

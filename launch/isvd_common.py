@@ -24,7 +24,7 @@ def refusal(flag: str, value: str, error: Exception, wanted: str) -> UsageError:
     path = os.fspath(Path(value))
     text = text.removeprefix(path) if text.startswith((f"{path}:", f"{path},")) else f": {text}"
     # The reader names its arguments, which are flags here, or are told by the suffix.
-    text = re.sub(r"give delimiter='.'", "name it .csv, with commas between columns", text)
+    text = re.sub(r"give delimiter='[^']+'", "name it .csv, with commas between columns", text)
     text = re.sub(
         r"\b(header|ignore_extra)=(True|False)", lambda m: f"--{m[1]}={m[2].lower()}", text
     )

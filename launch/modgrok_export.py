@@ -38,7 +38,8 @@ class ExportConfig:
     quiet: bool = field(False, "nothing on stderr")
 
     def validate(self) -> None:
-        if not (Path(self.workdir) / rundir.CONFIG).is_file():
+        # os.path answers for names that are too long for a file as well.
+        if not os.path.isfile(Path(self.workdir) / rundir.CONFIG):
             raise ValueError(
                 f"--workdir={self.workdir}: expected the folder of a modgrok_train run, with its "
                 f"{rundir.CONFIG}"
@@ -51,19 +52,19 @@ class ExportConfig:
             if not self.output:
                 raise ValueError("--output=: expected the folder to write")
             there = Path(self.output)
-            if there.exists() and not (there.is_dir() and not any(there.iterdir())):
+            if os.path.exists(there) and not (there.is_dir() and not any(there.iterdir())):
                 raise ValueError(f"--output={self.output}: expected a new or empty folder")
             return
         if Path(self.output).suffix not in _ENDINGS:
             raise ValueError(f"--output={self.output}: expected one of {', '.join(_ENDINGS)}")
-        if Path(self.output).exists() and not self.overwrite:
+        if os.path.exists(self.output) and not self.overwrite:
             raise ValueError(f"--output={self.output}: exists; --overwrite replaces it")
-        if self.group == "union" and _mask(self.output).exists() and not self.overwrite:
+        if self.group == "union" and os.path.exists(_mask(self.output)) and not self.overwrite:
             raise ValueError(
                 f"--output={self.output}: {_mask(self.output)} of --group=union exists; "
                 "--overwrite replaces it"
             )
-        if not Path(self.output).absolute().parent.is_dir():
+        if not os.path.isdir(Path(self.output).absolute().parent):
             raise ValueError(f"--output={self.output}: expected a folder that exists")
 
 
@@ -159,16 +160,21 @@ def main(cfg: ExportConfig) -> None:
     }
     if chosen.kept_layers is not None:
         result |= {"layers": chosen.model.layers, "kept_layers": chosen.kept_layers}
-    if cfg.prune:
-        _write_run(output, run, chosen)
-    else:
-        _write_file(cfg, output, chosen)
-        if cfg.group == "union" and chosen.mask_GL is not None:
-            import numpy as np
+    try:
+        if cfg.prune:
+            _write_run(output, run, chosen)
+        else:
+            _write_file(cfg, output, chosen)
+            if cfg.group == "union" and chosen.mask_GL is not None:
+                import numpy as np
 
-            arrays = {"mask_GK": chosen.mask_GL, "kept_layers": np.array(chosen.kept_layers)}
-            _replace(_mask(output), lambda part: np.savez(part, **arrays))
-            result["mask"] = str(_mask(output))
+                arrays = {"mask_GK": chosen.mask_GL, "kept_layers": np.array(chosen.kept_layers)}
+                _replace(_mask(output), lambda part: np.savez(part, **arrays))
+                result["mask"] = str(_mask(output))
+    except OSError as error:
+        raise UsageError(
+            f"--output={cfg.output}: {error.strerror or error}; expected a place to write to"
+        ) from error
     if not cfg.quiet:
         print(f"wrote {output}, the {cfg.which} checkpoint, step {chosen.step}", file=sys.stderr)
     rundir.summary_line(result)

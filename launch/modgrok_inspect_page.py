@@ -74,9 +74,9 @@ def page(all_scores: Mapping[str, dict[str, Any]], about: About) -> str:
         f"repetitions of {about.sequences} sequences a set; [low, high] are 95 % intervals of "
         "Student's t over repetitions. Shots, layers, heads and tokens count from 0; 0.1 is head 1 "
         "of layer 0. Definitions are in the docstrings of `modgrok/interpret.py`, `fourier.py`, "
-        "`grids.py` and `interventions.py`. The same instruments looked at the controls: Ratio "
-        "Matching and Bayes in the clothes of a network (`modgrok/controls.py`), and a network of "
-        "the same shape with random weights.",
+        "`grids.py`, `interventions.py` and `corruption.py`. The same instruments looked at the "
+        "controls: Ratio Matching and Bayes in the clothes of a network (`modgrok/controls.py`), "
+        "and a network of the same shape with random weights.",
         table(
             ["", *(TITLES[name] for name in names)],
             [[label, *(_n(heads[name].get(key)) for name in names)] for label, key in rows],

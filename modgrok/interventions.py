@@ -19,11 +19,9 @@ import jax.numpy as jnp
 import optax
 
 from modgrok import sequences
-from modgrok.corruption import Corruption, corrupt_several, label_corruption  # noqa: F401
 from modgrok.model import Activations, Config, Params, Patch, apply, unembed
-from modgrok.prompts import Prompts, matched_prompts, prompt_inputs  # noqa: F401
+from modgrok.prompts import Prompts
 from modgrok.sequences import spread
-from modgrok.statistics import Interval, interval  # noqa: F401
 
 Kind = Literal["zero", "mean", "resample"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -1,8 +1,8 @@
 """Eight simulated CPU devices for the whole suite, set before jax is imported.
 
 Most of the suite's time is compilation. XLA's older code for fusions and LLVM without optimisation
-compile in less than half the time, but run slower: tests of programs that run for minutes do
-without both.
+compile in less than half the time, but run slower: what computes for longer than it compiles runs
+in a process without both.
 
 With JAX_PLATFORMS=cuda,cpu in the environment it runs on a GPU: float32 products are then in full
 precision, and tests of several devices, or of equal bits, fail.

@@ -16,7 +16,17 @@ from asserts import assert_trees_close, assert_trees_equal
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import modgrok
-from modgrok import controls, fourier, grids, interpret, interventions, latent_depth, oracles
+from modgrok import (
+    controls,
+    corruption,
+    fourier,
+    grids,
+    interpret,
+    interventions,
+    latent_depth,
+    oracles,
+    prompts,
+)
 from modgrok.tasks import InputSplit, TaskSplit
 from modgrok.training import answer_loss
 
@@ -97,17 +107,17 @@ def ablate(params, tokens_BT):
 
 def label_corruption(tokens_BT, key):
     predict = functools.partial(oracles.ratio_matching, modulus=5)
-    return interventions.label_corruption(predict, tokens_BT, key, modulus=5)
+    return corruption.label_corruption(predict, tokens_BT, key, modulus=5)
 
 
 def corrupt_several(tokens_BT, key):
     predict = functools.partial(oracles.bayes, modulus=5)
-    return interventions.corrupt_several(predict, tokens_BT, key, [(1, 1)], modulus=5)
+    return corruption.corrupt_several(predict, tokens_BT, key, [(1, 1)], modulus=5)
 
 
 def patch_activations(params, key):
-    prompts = interventions.matched_prompts(key, TASKS[0], ALL_INPUTS, match=0, batch=2, **SIZES)
-    return interventions.patch_activations(params, prompts, cfg=CFG)
+    found = prompts.matched_prompts(key, TASKS[0], ALL_INPUTS, match=0, batch=2, **SIZES)
+    return interventions.patch_activations(params, found, cfg=CFG)
 
 
 def shot_grids(params, tokens_BT):

@@ -13,7 +13,7 @@ import scipy.sparse
 from jax.sharding import AxisType, Mesh
 
 import isvd
-from isvd import deepen, design, linkpred, node_features, nodeclass
+from isvd import deepen, design, linkpred, metrics, node_features, nodeclass
 
 KEY = jax.random.key(0)
 N = 8
@@ -148,9 +148,9 @@ FUNCTIONS = {
         functools.partial(linkpred.scores, symmetric=False),
         (FACTORS, PAIRS_P2),
     ),
-    "roc_auc": (linkpred.roc_auc, (SCORE_P, D)),
-    "hits_at_k": (lambda p, q: linkpred.hits_at_k(p, q, 2), (SCORE_P, D)),
-    "mean_reciprocal_rank": (linkpred.mean_reciprocal_rank, (SCORE_P, A[:3])),
+    "roc_auc": (metrics.roc_auc, (SCORE_P, D)),
+    "hits_at_k": (lambda p, q: metrics.hits_at_k(p, q, 2), (SCORE_P, D)),
+    "mean_reciprocal_rank": (metrics.mean_reciprocal_rank, (SCORE_P, A[:3])),
     "spectral_kernel": (linkpred.spectral_kernel, (SCORE_P, jnp.float32(1), jnp.float32(5))),
     "spectral_kernel, of numbers": (lambda s_K: linkpred.spectral_kernel(s_K, 1.0, 5), (SCORE_P,)),
     "finetune_spectrum": (

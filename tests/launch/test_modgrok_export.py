@@ -50,6 +50,7 @@ def test_settings_are_read_back(run):
     ("changes", "words"),
     [
         ({"workdir": "/nonexistent"}, "--workdir=/nonexistent: expected the folder of a"),
+        ({"workdir": "x" * 300}, "--workdir=x+: expected the folder of a"),
         ({"output": "model.bin"}, r"--output=model.bin: expected one of .safetensors"),
         ({"output": "/nonexistent/m.npz"}, "--output=/nonexistent/m.npz: expected a folder"),
     ],
@@ -58,6 +59,13 @@ def test_wrong_requests(run, changes, words, tmp_path):
     values = {"workdir": run.workdir, "output": str(tmp_path / "m.npz")} | changes
     with pytest.raises(ValueError, match=words):
         ExportConfig(**values).validate()
+
+
+def test_a_place_that_cannot_be_written(run, tmp_path):
+    cfg = ExportConfig(run.workdir, str(tmp_path / f"{'x' * 300}.npz"))
+    cfg.validate()
+    with pytest.raises(UsageError, match=r"--output=.*: File name too long; expected a place to"):
+        modgrok_export.main(cfg)
 
 
 def test_an_existing_file_stays_unless_told(run, tmp_path):
