@@ -31,7 +31,8 @@ import numpy as np
 import modgrok
 from benchmarks import timing
 from modgrok import latent_depth
-from modgrok.model import NO_PATCH, Block, _layer_norm, _run_block, _unembed, lookup
+from modgrok.layers import layer_norm, lookup
+from modgrok.model import NO_PATCH, Block, _run_block, _unembed
 
 COLUMNS = {
     "kept": "kept",
@@ -53,7 +54,7 @@ def chosen(params: Any, tokens_BT: jax.Array, cfg: modgrok.Config, run: Callable
         return _run_block(block, (weights, None, NO_PATCH), h_BTD, None, False)[0]
 
     h_BTD = run(h_BTD, body)[:, 1::3]
-    h_BTD = _layer_norm().apply({"params": params["ln_f"]}, h_BTD)
+    h_BTD = layer_norm().apply({"params": params["ln_f"]}, h_BTD)
     return _unembed(h_BTD, params["embedding"], dtype)
 
 

@@ -20,15 +20,8 @@ from isvd.algebra import (
 )
 from isvd.checks import adjoint_defect, linearity_defect, nonfinite, verify
 from isvd.factorize import SVD, svd
-from isvd.operators import (
-    LinearOperator,
-    dense,
-    diagonal,
-    from_matmat,
-    identity,
-    low_rank,
-    ones,
-)
+from isvd.functions import from_matmat
+from isvd.operators import LinearOperator, dense, diagonal, identity, low_rank, ones
 from isvd.orthonormal import orthonormalize
 from isvd.sharded import row_sharded
 from isvd.solve import (

@@ -12,17 +12,8 @@ import numpy as np
 from jax.tree_util import Partial
 
 from isvd.arguments import check_integer, check_square
-from isvd.operators import (
-    LinearOperator,
-    Product,
-    _Static,
-    add,
-    compiled,
-    compose,
-    diagonal,
-    low_rank,
-    varying_as,
-)
+from isvd.closures import Product, Static, compiled, varying_as
+from isvd.operators import LinearOperator, add, compose, diagonal, low_rank
 
 
 def polynomial(a: LinearOperator, coef_Q: Any) -> LinearOperator:
@@ -39,14 +30,14 @@ def polynomial(a: LinearOperator, coef_Q: Any) -> LinearOperator:
         raise ValueError(f"coef_Q has shape {coef_Q.shape}, expected one axis, not empty")
     dtype = jnp.result_type(a.dtype, coef_Q)
     return LinearOperator(
-        compiled(_horner, coef_Q, _Static(dtype), a.matmat),
-        compiled(_horner, coef_Q.conj(), _Static(dtype), a.rmatmat),
+        compiled(_horner, coef_Q, Static(dtype), a.matmat),
+        compiled(_horner, coef_Q.conj(), Static(dtype), a.rmatmat),
         a.shape,
         dtype,
     )
 
 
-def _horner(coef_Q: jax.Array, dtype: _Static, product: Product, x_NC: jax.Array) -> jax.Array:
+def _horner(coef_Q: jax.Array, dtype: Static, product: Product, x_NC: jax.Array) -> jax.Array:
     x_NC = x_NC.astype(jnp.result_type(dtype.value, x_NC))
     coef_Q = coef_Q.astype(x_NC.dtype)
 
@@ -97,14 +88,14 @@ def hstack(operators: Sequence[LinearOperator]) -> LinearOperator:
         raise ValueError(f"hstack: expected operators with as many rows each, got shapes {shapes}")
     stops = tuple(np.cumsum([a.shape[1] for a in operators]).tolist())
     return LinearOperator(
-        Partial(_split_sum, _Static(stops), tuple(a.matmat for a in operators)),
+        Partial(_split_sum, Static(stops), tuple(a.matmat for a in operators)),
         Partial(_stacked, tuple(a.rmatmat for a in operators)),
         (rows.pop(), stops[-1]),
         jnp.result_type(*(a.dtype for a in operators)),
     )
 
 
-def _split_sum(stops: _Static, products: tuple[Product, ...], x_NC: jax.Array) -> jax.Array:
+def _split_sum(stops: Static, products: tuple[Product, ...], x_NC: jax.Array) -> jax.Array:
     parts = jnp.split(x_NC, stops.value[:-1])
     return sum(product(part) for product, part in zip(products, parts, strict=True))
 
@@ -162,7 +153,7 @@ def take_rows(a: LinearOperator, index_I: Any) -> LinearOperator:
     index_I = jnp.asarray(index_I)
     return LinearOperator(
         Partial(_gathered, index_I, a.matmat),
-        Partial(_scattered, index_I, _Static(a.shape[0]), a.rmatmat),
+        Partial(_scattered, index_I, Static(a.shape[0]), a.rmatmat),
         (index_I.shape[0], a.shape[1]),
         a.dtype,
     )
@@ -172,7 +163,7 @@ def _gathered(index_I: jax.Array, product: Product, x_NC: jax.Array) -> jax.Arra
     return product(x_NC).at[index_I].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def _scattered(index_I: jax.Array, rows: _Static, product: Product, y_IC: jax.Array) -> jax.Array:
+def _scattered(index_I: jax.Array, rows: Static, product: Product, y_IC: jax.Array) -> jax.Array:
     y_MC = jnp.zeros_like(y_IC, shape=(rows.value, y_IC.shape[1]))
     return product(y_MC.at[index_I].add(y_IC, mode="drop", wrap_negative_indices=False))
 

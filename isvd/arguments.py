@@ -36,6 +36,14 @@ def check_square(what: str, a: Any) -> None:
         raise ValueError(f"{what}: A has shape {a.shape}, expected a square one")
 
 
+def checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns as Python's numbers, if they are whole and at least 1."""
+    pair = isinstance(shape, tuple | list) and len(shape) == 2
+    if not pair or not all(isinstance(n, int | np.integer) and n >= 1 for n in shape):
+        raise ValueError(f"shape={shape}: expected (rows, columns), whole numbers from 1")
+    return tuple(map(int, shape))
+
+
 def check_not_sparse(
     name: str, x: Any, wanted: str = "an array (`sparse` makes an operator of a sparse matrix)"
 ) -> None:

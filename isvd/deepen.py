@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from isvd.arguments import check_integer
+from isvd.closures import Product, Static, compiled
 from isvd.node_labels import check_disjoint, checked_labels, checked_nodes
-from isvd.operators import LinearOperator, Product, _Static, compiled
+from isvd.operators import LinearOperator
 
 
 class Params(NamedTuple):
@@ -107,11 +108,11 @@ def apply(
         )
     if not jnp.issubdtype(x_NF.dtype, jnp.floating):
         raise ValueError(f"x_NF has dtype {x_NF.dtype}, expected a real floating type")
-    return compiled(_apply, _Static(float(dropout)), params, adjacency_hat.matmat, key)(x_NF)
+    return compiled(_apply, Static(float(dropout)), params, adjacency_hat.matmat, key)(x_NF)
 
 
 def _apply(
-    dropout: _Static, params: Params, step: Product, key: jax.Array | None, x_NF: jax.Array
+    dropout: Static, params: Params, step: Product, key: jax.Array | None, x_NF: jax.Array
 ) -> jax.Array:
     num_nodes = x_NF.shape[0]
     num_hops = params.step_pos_LFF.shape[0]

@@ -17,7 +17,8 @@ import scipy.sparse
 
 from isvd.algebra import windowed_sum
 from isvd.arguments import check_integer, check_square
-from isvd.operators import LinearOperator, Product, _Static, compiled, diagonal, dtype_of, ones
+from isvd.closures import Product, Static, compiled
+from isvd.operators import LinearOperator, diagonal, dtype_of, ones
 from isvd.spmm import sparse
 
 
@@ -143,7 +144,7 @@ def propagated(
     check_integer("num_hops", num_hops, 0)
     num_blocks = int(num_hops) + 1
     dtype = jnp.result_type(adjacency_hat.dtype, features.dtype)
-    static = _Static((num_blocks, dtype))
+    static = Static((num_blocks, dtype))
     return LinearOperator(
         compiled(_hops, static, adjacency_hat.matmat, features.matmat),
         compiled(_hops_adjoint, static, adjacency_hat.rmatmat, features.rmatmat),
@@ -152,7 +153,7 @@ def propagated(
     )
 
 
-def _hops(static: _Static, step: Product, features: Product, x_NC: jax.Array) -> jax.Array:
+def _hops(static: Static, step: Product, features: Product, x_NC: jax.Array) -> jax.Array:
     """sum_l A^l X x_l, from the last hop to the first (Horner)."""
     num_blocks, dtype = static.value
     x_NC = x_NC.astype(jnp.result_type(dtype, x_NC))
@@ -164,7 +165,7 @@ def _hops(static: _Static, step: Product, features: Product, x_NC: jax.Array) ->
     return jax.lax.scan(add_hop, features(x_HFC[-1]), x_HFC[:-1], reverse=True)[0]
 
 
-def _hops_adjoint(static: _Static, step: Product, features: Product, y_NC: jax.Array) -> jax.Array:
+def _hops_adjoint(static: Static, step: Product, features: Product, y_NC: jax.Array) -> jax.Array:
     """Blocks X^H (A^H)^l y; each is one step after the last."""
     num_blocks, dtype = static.value
     y_NC = y_NC.astype(jnp.result_type(dtype, y_NC))

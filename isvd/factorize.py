@@ -20,9 +20,10 @@ from jax.tree_util import Partial
 
 from isvd.arguments import check_dtype, check_integer, checked_number
 from isvd.axes import on_automatic_axes
+from isvd.closures import Static, holds_something
 from isvd.derivative import pull_back, svd_tangent
 from isvd.krylov import PATIENCE, krylov_svd
-from isvd.operators import LinearOperator, _Static, holds_something
+from isvd.operators import LinearOperator
 from isvd.orthonormal import orthonormalize
 from isvd.subspace import subspace_svd
 from isvd.triplets import SVD, Plan, matmul, signed, thin_svd
@@ -103,7 +104,7 @@ def hoisted(op: LinearOperator) -> LinearOperator:
             return jax.tree.unflatten(structure, leaves)(x_N[:, None])[:, 0]
 
         converted, constants = _closure_converted(apply, jnp.zeros(size, op.dtype), *leaves)
-        applied = Partial(_applied, _Static(converted), leaves, constants)
+        applied = Partial(_applied, Static(converted), leaves, constants)
         products.append(applied if constants else product)
     return dataclasses.replace(op, matmat=products[0], rmatmat=products[1])
 
@@ -125,7 +126,7 @@ def _closure_converted(fn: Callable, *example: Any) -> tuple[Callable, list[jax.
     return converted, traced
 
 
-def _applied(fn: _Static, leaves: list, constants: list, x_NC: jax.Array) -> jax.Array:
+def _applied(fn: Static, leaves: list, constants: list, x_NC: jax.Array) -> jax.Array:
     return jax.vmap(lambda x_N: fn.value(x_N, *leaves, *constants), 1, 1)(x_NC)
 
 

@@ -5,20 +5,19 @@ An operator is a pytree of two closures on blocks of columns,
     matmat   x_NC -> A x   (M, C)            rmatmat   y_MC -> A^H y   (N, C),
 
 with a static shape and dtype. Closures made here are `jax.tree_util.Partial`s over functions of
-this module: the arrays in them are arguments under jit, grad, vmap and shard_map, and operators of
+this package: the arrays in them are arguments under jit, grad, vmap and shard_map, and operators of
 one kind and size share one compiled program.
 
-`from_matmat` takes any function of a user; `dense`, `diagonal`, `low_rank`, `ones`, `identity` are
-leaves; `+ - * / @ **`, `.T` and `.H` combine operators, and `isvd.algebra` has the other ways.
+`functions.from_matmat` takes any function of a user; `dense`, `diagonal`, `low_rank`, `ones`,
+`identity` are leaves; `+ - * / @ **`, `.T` and `.H` combine operators, and `isvd.algebra` has the
+other ways.
 
 Axes: M rows, N columns, C columns of a block, K rank.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from itertools import pairwise
-from types import FunctionType
 from typing import Any
 
 import jax
@@ -26,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from isvd.arguments import check_integer, check_not_sparse, check_square
+from isvd.arguments import check_integer, check_not_sparse, check_square, checked_shape
+from isvd.closures import Product, Static, compiled, promoted, varying_as
 
-Product = Callable[[jax.Array], jax.Array]
 Scalar = complex | float | int | np.generic | jax.Array
 
 
@@ -139,156 +138,6 @@ def _checked_term(other: Any) -> LinearOperator:
     return other
 
 
-# From functions ----------------------------------------------------------------------------------
-
-
-def from_matmat(
-    matmat: Product,
-    shape: tuple[int, int],
-    dtype: Any = jnp.float32,
-    *,
-    rmatmat: Product | None = None,
-    block: bool | None = None,
-) -> LinearOperator:
-    """An operator from a user's product.
-
-    Args:
-        matmat: x -> A x, a linear function of one vector (N,) or of a block of columns (N, C);
-            a lambda, a `Partial`, a bound method. Arrays in a `Partial` are arguments under jit
-            and grad; what a lambda closes over is a constant of the program.
-        shape: (M, N).
-        dtype: of the entries, and of what the functions give for a vector of this type.
-        rmatmat: y -> A^H y, of a vector or a block. By default JAX derives it from `matmat` by
-            `jax.linear_transpose`; write it where that is slow. `verify` tells if it is right.
-        block: whether the functions take blocks. By default they are called with vectors, and
-            mapped over columns, if they take one, and with blocks otherwise. This is the safe
-            order: what sorts, shifts or transforms a vector may do another thing to a block.
-    Raises:
-        ValueError: if neither form gives a result of the right shape, or it is of another dtype.
-    """
-    rows, columns = shape = _checked_shape(shape)
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
-    forward = _on_blocks("matmat", matmat, columns, rows, dtype, block)
-    if rmatmat is None:
-        backward = Partial(_derived_adjoint, forward, _Static((columns, dtype)))
-    else:
-        backward = _on_blocks("rmatmat", rmatmat, rows, columns, dtype, block)
-    return LinearOperator(forward, backward, shape, dtype)
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """A value in a Partial that decides the program."""
-
-    value: Any
-
-
-def compiled(fn: Callable, *given: Any) -> Partial:
-    """`Partial(fn, *given)`, for a function of this package that makes functions, as loops do.
-
-    Outside of jit those would be compiled again at each call: here one program serves all calls.
-    Not where a user's function is in it that holds something, which may be traced and must not be
-    kept with a program, or a leaf that is no array, such as text.
-    """
-    leaves_are_arrays = all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(given))
-    if not leaves_are_arrays or holds_something(given):
-        return Partial(fn, *given)
-    # The jitted function is not the Partial's own, which `svd` takes for one that holds something.
-    return Partial(_run, _Static(fn), *given)
-
-
-def _run(fn: _Static, *given: Any) -> Any:
-    return _run_compiled(fn, *given)
-
-
-@jax.jit
-def _run_compiled(fn: _Static, *given: Any) -> Any:
-    return fn.value(*given)
-
-
-def holds_something(product: Any) -> bool:
-    """Whether a function in it has more than its arguments: a closure, defaults, attributes."""
-    if isinstance(product, Partial):
-        parts = [product.func, *product.args, *product.keywords.values()]
-        return any(map(holds_something, parts))
-    if isinstance(product, tuple | list):
-        return any(map(holds_something, product))
-    if isinstance(product, FunctionType):
-        places = (product.__closure__, product.__defaults__, product.__kwdefaults__)
-        return any(place is not None for place in places)
-    return callable(product)  # a bound method, or another object with arrays of its own
-
-
-def _on_blocks(
-    name: str, fn: Product, size_in: int, size_out: int, dtype: np.dtype, block: bool | None
-) -> Product:
-    fn = fn if isinstance(fn, Partial) else Partial(fn)
-    forms = {"a vector": Partial(_by_columns, fn), "a block": fn}
-    if block is not None:
-        forms = {"a block": fn} if block else {"a vector": forms["a vector"]}
-    wrong = []
-    for form, product in forms.items():
-        # Three columns, or four: not the size of a vector, so that no broadcast looks right.
-        given = jax.ShapeDtypeStruct((size_in, 3 + (size_in == 3)), dtype)
-        try:
-            got = jax.eval_shape(product, given)
-        except Exception as error:  # whatever a user's function raises at shapes it is not for
-            reason = _one_line(error)
-            wrong.append(f"with {form} it raises {reason}")
-            continue
-        if not hasattr(got, "shape"):
-            wrong.append(f"with {form} it gives a {type(got).__name__}")
-            continue
-        if got.shape == (size_out, given.shape[1]):
-            if got.dtype != dtype:
-                raise ValueError(
-                    f"{name} gives {got.dtype} for {form} of dtype {dtype}, expected {dtype} too: "
-                    f"pass dtype={str(got.dtype)!r}, or convert what it gives"
-                )
-            return product
-        shape = got.shape[:-1] if form == "a vector" else got.shape
-        wrong.append(f"with {form} of {size_in} it gives shape {shape}")
-    raise ValueError(
-        f"{name}: expected a function from ({size_in},) to ({size_out},), or from "
-        f"({size_in}, C) to ({size_out}, C); {'; '.join(wrong)}"
-    )
-
-
-def _by_columns(fn: Product, x_NC: jax.Array) -> jax.Array:
-    return jax.vmap(fn, in_axes=1, out_axes=-1)(x_NC)
-
-
-def _derived_adjoint(matmat: Product, static: _Static, y_MC: jax.Array) -> jax.Array:
-    columns, dtype = static.value
-    y_MC = _promoted(y_MC.conj(), dtype)
-    # Made from y, so that inside shard_map it varies as y does, and y as A and y do: a block that
-    # differs less than its product does would get the sum of adjoints over devices.
-    zeros_like_y = functools.partial(jnp.zeros_like, shape=(columns, y_MC.shape[1]))
-    y_MC = varying_as(matmat, zeros_like_y(y_MC), y_MC)
-    try:
-        (x_NC,) = jax.linear_transpose(matmat, jax.typeof(zeros_like_y(y_MC)))(y_MC)
-    except jax.errors.JaxRuntimeError:  # of the machine, such as too little memory
-        raise
-    except (RuntimeError, AssertionError) as error:  # what JAX raises differs between functions
-        raise ValueError(
-            "rmatmat cannot be derived: matmat is not linear, which `verify` tells, or JAX cannot "
-            f"transpose it ({_one_line(error)}); expected a linear function, or rmatmat with it"
-        ) from error
-    return x_NC.conj()
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    pair = isinstance(shape, tuple | list) and len(shape) == 2
-    if not pair or not all(isinstance(n, int | np.integer) and n >= 1 for n in shape):
-        raise ValueError(f"shape={shape}: expected (rows, columns), whole numbers from 1")
-    return tuple(map(int, shape))
-
-
 # Leaves ------------------------------------------------------------------------------------------
 
 
@@ -353,15 +202,15 @@ def ones(num_rows: int, num_columns: int, dtype: Any = jnp.float32) -> LinearOpe
     Raises:
         ValueError: if a size is no whole number from 1.
     """
-    shape = _checked_shape((num_rows, num_columns))
+    shape = checked_shape((num_rows, num_columns))
     dtype = dtype_of(dtype)
-    forward, backward = (Partial(_ones, _Static((size, dtype))) for size in shape)
+    forward, backward = (Partial(_ones, Static((size, dtype))) for size in shape)
     return LinearOperator(forward, backward, shape, dtype)
 
 
-def _ones(static: _Static, x_NC: jax.Array) -> jax.Array:
+def _ones(static: Static, x_NC: jax.Array) -> jax.Array:
     rows, dtype = static.value
-    return jnp.broadcast_to(_promoted(x_NC, dtype).sum(0), (rows, x_NC.shape[1]))
+    return jnp.broadcast_to(promoted(x_NC, dtype).sum(0), (rows, x_NC.shape[1]))
 
 
 def identity(size: int, dtype: Any = jnp.float32) -> LinearOperator:
@@ -371,16 +220,12 @@ def identity(size: int, dtype: Any = jnp.float32) -> LinearOperator:
         ValueError: if the size is no whole number from 1.
     """
     dtype = dtype_of(dtype)
-    same = Partial(_same, _Static(dtype))
-    return LinearOperator(same, same, _checked_shape((size, size)), dtype)
+    same = Partial(_same, Static(dtype))
+    return LinearOperator(same, same, checked_shape((size, size)), dtype)
 
 
-def _same(dtype: _Static, x_NC: jax.Array) -> jax.Array:
-    return _promoted(x_NC, dtype.value)
-
-
-def _promoted(x_NC: jax.Array, dtype: np.dtype) -> jax.Array:
-    return x_NC.astype(jnp.result_type(dtype, x_NC))
+def _same(dtype: Static, x_NC: jax.Array) -> jax.Array:
+    return promoted(x_NC, dtype.value)
 
 
 def dtype_of(dtype: Any) -> np.dtype:
@@ -483,24 +328,13 @@ def power(a: LinearOperator, exponent: int) -> LinearOperator:
     """
     check_square("A ** n", a)
     check_integer("A ** n: n", exponent, 0)
-    n = _Static((int(exponent), a.dtype))
+    n = Static((int(exponent), a.dtype))
     forward, backward = (compiled(_repeated, n, product) for product in (a.matmat, a.rmatmat))
     return LinearOperator(forward, backward, a.shape, a.dtype)
 
 
-def _repeated(n: _Static, product: Product, x: jax.Array) -> jax.Array:
+def _repeated(n: Static, product: Product, x: jax.Array) -> jax.Array:
     count, dtype = n.value
-    x = _promoted(x, dtype)
+    x = promoted(x, dtype)
     x = varying_as(product, x, x)
     return jax.lax.fori_loop(0, count, lambda _, x: product(x), x)
-
-
-def varying_as(product: Product, given: jax.Array, x: jax.Array) -> jax.Array:
-    """x, in the type of product(given), whose shape it has, inside `shard_map`.
-
-    Types there say along which axes of the mesh values differ, and products differ along those of
-    the operator as well. Loops ask that what they carry keeps its type.
-    """
-    if not jax.sharding.get_abstract_mesh().manual_axes:  # spare a trace of the product
-        return x
-    return x + jnp.zeros_like(jax.eval_shape(product, given), dtype=x.dtype)

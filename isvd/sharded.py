@@ -19,14 +19,8 @@ from jax.tree_util import Partial
 
 from isvd.arguments import check_not_sparse
 from isvd.axes import explicit_mesh
-from isvd.operators import (
-    LinearOperator,
-    Product,
-    _dense,
-    _dense_adjoint,
-    _Static,
-    compiled,
-)
+from isvd.closures import Product, Static, compiled
+from isvd.operators import LinearOperator, _dense, _dense_adjoint
 from isvd.spmm import _compressed_rows, _entry_dtype
 
 
@@ -61,8 +55,8 @@ def row_sharded(matrix: Any, mesh: Mesh, axis: str, dtype: Any = None) -> Linear
     if scipy.sparse.issparse(matrix):
         forward, backward = _sparse_parts(matrix, devices, rows, dtype)
         products = [
-            Partial(_sparse_part, _Static(num_columns)),
-            Partial(_sparse_part, _Static(rows)),
+            Partial(_sparse_part, Static(num_columns)),
+            Partial(_sparse_part, Static(rows)),
         ]
     else:
         a_DRN = np.zeros((devices * rows, num_columns), dtype)
@@ -71,7 +65,7 @@ def row_sharded(matrix: Any, mesh: Mesh, axis: str, dtype: Any = None) -> Linear
         products = [Partial(_dense_part), Partial(_dense_adjoint_part)]
     automatic = (AxisType.Auto,) * len(mesh.axis_names)
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=automatic)
-    place = _Static((mesh, axis, num_rows, devices * rows))
+    place = Static((mesh, axis, num_rows, devices * rows))
     spread = NamedSharding(mesh, PartitionSpec(axis))
     forward, backward = jax.device_put((forward, backward), spread)
     return LinearOperator(
@@ -82,7 +76,7 @@ def row_sharded(matrix: Any, mesh: Mesh, axis: str, dtype: Any = None) -> Linear
     )
 
 
-def _matmat(place: _Static, product: Product, parts: tuple, x_NC: jax.Array) -> jax.Array:
+def _matmat(place: Static, product: Product, parts: tuple, x_NC: jax.Array) -> jax.Array:
     mesh, axis, num_rows, padded = place.value
     spread, everywhere = PartitionSpec(axis), PartitionSpec()
 
@@ -96,7 +90,7 @@ def _matmat(place: _Static, product: Product, parts: tuple, x_NC: jax.Array) -> 
     return _automatic(rows_that_are_there, result)(parts, x_NC)
 
 
-def _rmatmat(place: _Static, product: Product, parts: tuple, y_MC: jax.Array) -> jax.Array:
+def _rmatmat(place: Static, product: Product, parts: tuple, y_MC: jax.Array) -> jax.Array:
     mesh, axis, num_rows, padded = place.value
     spread, everywhere = PartitionSpec(axis), PartitionSpec()
 
@@ -125,7 +119,7 @@ def _dense_adjoint_part(parts: tuple[jax.Array], y_RC: jax.Array) -> jax.Array:
     return _dense_adjoint(parts[0][0], y_RC)
 
 
-def _sparse_part(columns: _Static, parts: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+def _sparse_part(columns: Static, parts: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
     values_E, index_E, start = (part[0] for part in parts)
     return _compressed_rows(values_E, index_E, start, columns, x)
 

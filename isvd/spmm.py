@@ -16,7 +16,9 @@ from jax.experimental import sparse as jax_sparse
 from jax.tree_util import Partial
 
 from isvd import ell
-from isvd.operators import LinearOperator, _checked_shape, _Static, dtype_of
+from isvd.arguments import checked_shape
+from isvd.closures import Static
+from isvd.operators import LinearOperator, dtype_of
 
 # On CPU the kernel takes as long for fewer columns as for this many, or longer.
 _LEAST_COLUMNS = 8
@@ -89,7 +91,7 @@ def sparse_from_entries(
         ValueError: if the lengths differ, an index lies outside the shape or is traced, or the
             layout is unknown.
     """
-    shape = _checked_shape(shape)
+    shape = checked_shape(shape)
     rows_E, columns_E = _known("rows_E", rows_E), _known("columns_E", columns_E)
     values_E = jnp.asarray(values_E)
     if not rows_E.shape == columns_E.shape == values_E.shape or rows_E.ndim != 1:
@@ -133,7 +135,7 @@ def _operator(sides: list, shape: tuple[int, int], layout: str) -> LinearOperato
     else:
         products = [
             Partial(
-                _compressed_rows, values, *(jnp.asarray(i, jnp.int32) for i in index), _Static(size)
+                _compressed_rows, values, *(jnp.asarray(i, jnp.int32) for i in index), Static(size)
             )
             for (values, *index), size in zip(sides, reversed(shape), strict=True)
         ]
@@ -141,7 +143,7 @@ def _operator(sides: list, shape: tuple[int, int], layout: str) -> LinearOperato
 
 
 def _compressed_rows(
-    values_E: jax.Array, columns_E: jax.Array, start: jax.Array, size: _Static, x_NC: jax.Array
+    values_E: jax.Array, columns_E: jax.Array, start: jax.Array, size: Static, x_NC: jax.Array
 ) -> jax.Array:
     dtype = jnp.result_type(values_E, x_NC)
     values_E, x_NC = values_E.astype(dtype), x_NC.astype(dtype)

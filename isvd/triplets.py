@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from isvd.operators import LinearOperator, Product
+from isvd.closures import Product
+from isvd.operators import LinearOperator
 
 
 class SVD(NamedTuple):

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modgrok.model import Config, Params, attention_parts
+from modgrok.layers import attention_parts
+from modgrok.model import Config, Params
 
 PRIORS = ("uniform", "aggregated", "beta")
 _TINY = 1e-7
@@ -405,7 +406,7 @@ def forward_flops(cfg: Config, *, shots: int, keep_L: Sequence[bool] | None = No
     """Flops of the matrix products of one sequence's forward pass, blocks that are kept only.
 
     2 for each multiply-add. Counts what the pruned network (`prune`) computes: in the attention the
-    pairs that `model.attention_parts` leaves (of short sequences all, and not the causal ones
+    pairs that `layers.attention_parts` leaves (of short sequences all, and not the causal ones
     alone), the last kept block at answer positions only. (Left out is its saving on the first
     block, whose projections are of V ids and not of B T tokens: it depends on the batch. The whole
     network with skip=True has neither saving: blocks it computes are at all positions.)

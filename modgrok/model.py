@@ -13,7 +13,6 @@ Two savings, both exact (tests compare with the plain network):
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -21,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from modgrok.layers import attend, dense, layer_norm, lookup, normal, rotary_tables, rotate
+
 Params = Any
-LN_EPSILON = 1e-5
-_LONG = 64  # tokens; below this, two halves cost more than they save
 _UNROLLED = 4  # blocks; a loop over more of them is worth its copies of carries and weights
 
 
@@ -115,54 +114,6 @@ def _replace(replacement: Replacement | None, x: jax.Array) -> jax.Array:
     return jnp.where(mask, value.astype(x.dtype), x)
 
 
-def _dense(x_BTX: jax.Array, weight: jax.Array, ndim_in: int = 1) -> jax.Array:
-    """Contracts the last `ndim_in` axes of x with the first of `weight`, as one matrix product.
-
-    Rows are flattened first: with several row axes XLA's CPU backend transposes an activation to
-    get the weight's gradient, which makes forward and backward 1.1 to 1.4 times slower.
-    """
-    rows, shape_in = x_BTX.shape[:-ndim_in], weight.shape[:ndim_in]
-    size = math.prod(shape_in)
-    x, weight_2d = x_BTX.reshape(-1, size), weight.reshape(size, -1)
-    if size > weight_2d.shape[1]:
-        weight_2d = jax.lax.optimization_barrier(weight_2d.T)
-        y = jax.lax.dot_general(x, weight_2d, (((1,), (1,)), ((), ())))
-    else:
-        y = x @ weight_2d
-    return y.reshape(*rows, *weight.shape[ndim_in:])
-
-
-@jax.custom_jvp
-def lookup(table_VX: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """table_VX[tokens_BT], whose gradient is a matrix product and not a scatter.
-
-    A scatter-add over all tokens runs serially on a CPU; the product with a one-hot matrix costs
-    V multiply-adds for each entry and runs at full speed everywhere.
-    """
-    return table_VX[tokens_BT]
-
-
-@lookup.defjvp
-def _lookup_jvp(primals, tangents):
-    (table_VX, tokens_BT), (dtable_VX, _) = primals, tangents
-    hot_BTV = jax.nn.one_hot(tokens_BT, table_VX.shape[0], dtype=dtable_VX.dtype)
-    return lookup(table_VX, tokens_BT), _dense(hot_BTV, dtable_VX)
-
-
-def rotary_tables(length: int, head_size: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, each (length, K/2), of position * 10000^(-2 i / K)."""
-    pair_K = jnp.arange(head_size // 2, dtype=jnp.float32)
-    position_T = jnp.arange(length, dtype=jnp.float32)
-    angle_TK = position_T[:, None] * 10000.0 ** (-2.0 * pair_K / head_size)
-    return jnp.cos(angle_TK), jnp.sin(angle_TK)
-
-
-def _rotate(x_BHT2K: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
-    """Rotates channel pairs given as [..., 0, i] and [..., 1, i]."""
-    even, odd = x_BHT2K[..., 0, :], x_BHT2K[..., 1, :]
-    return jnp.concatenate([even * cos_TK - odd * sin_TK, odd * cos_TK + even * sin_TK], axis=-1)
-
-
 class Block(nn.Module):
     """h + z attention(LN(h)), then + z MLP(LN(h)); scores, softmax and sums in float32.
 
@@ -192,13 +143,13 @@ class Block(nn.Module):
         """
         cfg, (length, width) = self.cfg, h_BTD.shape[1:]
         dtype, (heads, size) = jnp.dtype(cfg.dtype), (cfg.heads, cfg.head_size)
-        norm_1, norm_2 = _layer_norm("ln_1"), _layer_norm("ln_2")
-        qkv_D3HK = self.param("qkv", _normal(0.02), (width, 3, heads, size)).astype(dtype)
-        out_HKD = self.param("out", _normal(0.02), (heads, size, width)).astype(dtype)
-        fc_DF = self.param("fc", _normal(0.02), (width, cfg.mlp_ratio * width)).astype(dtype)
+        norm_1, norm_2 = layer_norm("ln_1"), layer_norm("ln_2")
+        qkv_D3HK = self.param("qkv", normal(0.02), (width, 3, heads, size)).astype(dtype)
+        out_HKD = self.param("out", normal(0.02), (heads, size, width)).astype(dtype)
+        fc_DF = self.param("fc", normal(0.02), (width, cfg.mlp_ratio * width)).astype(dtype)
         # The reference scales down what it calls "proj", not the attention output.
         proj_FD = self.param(
-            "proj", _normal(0.02 / (2 * cfg.layers) ** 0.5), (cfg.mlp_ratio * width, width)
+            "proj", normal(0.02 / (2 * cfg.layers) ** 0.5), (cfg.mlp_ratio * width, width)
         ).astype(dtype)
         at_answers = (lambda x_BTX: x_BTX[:, 1::3]) if answers_only else (lambda x_BTX: x_BTX)
         pre_norm = cfg.norm == "pre"
@@ -220,68 +171,27 @@ class Block(nn.Module):
             u_query, to_rows = u_XD, functools.partial(lookup, tokens_BT=embedded[1])
         else:
             u_query, to_rows = at_answers(u_XD), lambda x_BTX: x_BTX
-        k_BT, v_BT = (to_rows(_dense(u_XD, w)) for w in (k_weight, v_weight))
+        k_BT, v_BT = (to_rows(dense(u_XD, w)) for w in (k_weight, v_weight))
         if embedded:
-            q_BT = lookup(_dense(u_query, q_weight), at_answers(embedded[1]))
+            q_BT = lookup(dense(u_query, q_weight), at_answers(embedded[1]))
         else:
-            q_BT = _dense(u_query, q_weight)
+            q_BT = dense(u_query, q_weight)
 
         cos_TK, sin_TK = rotary_tables(length, size)
         query_T = np.arange(length)[1::3] if answers_only else np.arange(length)
-        q_BHTK = _rotate(
+        q_BHTK = rotate(
             jnp.moveaxis(q_BT, 2, 1).astype(jnp.float32), cos_TK[query_T], sin_TK[query_T]
         )
-        k_BHTK = _rotate(jnp.moveaxis(k_BT, 2, 1).astype(jnp.float32), cos_TK, sin_TK)
-        attention_BHTT, head_BHTK = _attend(
+        k_BHTK = rotate(jnp.moveaxis(k_BT, 2, 1).astype(jnp.float32), cos_TK, sin_TK)
+        attention_BHTT, head_BHTK = attend(
             q_BHTK.astype(dtype), k_BHTK.astype(dtype), jnp.moveaxis(v_BT, 2, 1), query_T
         )
         head_BTHK = _replace(patch.head, jnp.moveaxis(head_BHTK, 1, 2))
-        h_BTD = add(at_answers(h_BTD), _dense(head_BTHK, out_HKD, 2), norm_1)
+        h_BTD = add(at_answers(h_BTD), dense(head_BTHK, out_HKD, 2), norm_1)
         u_BTD = (norm_2(h_BTD) if pre_norm else h_BTD).astype(dtype)
-        hidden_BTF = _replace(patch.hidden, nn.relu(_dense(u_BTD, fc_DF)))
-        h_BTD = _replace(patch.residual, add(h_BTD, _dense(hidden_BTF, proj_FD), norm_2))
+        hidden_BTF = _replace(patch.hidden, nn.relu(dense(u_BTD, fc_DF)))
+        h_BTD = _replace(patch.residual, add(h_BTD, dense(hidden_BTF, proj_FD), norm_2))
         return h_BTD, (attention_BHTT, head_BTHK, hidden_BTF)
-
-
-def attention_parts(length: int, query_T: np.ndarray) -> list[tuple[slice, int]]:
-    """Which queries are scored with the keys before which position: (slice of query_T, stop).
-
-    A long sequence is done in two halves: the first half of the queries needs no scores with keys
-    after its last one, a quarter of all.
-    """
-    halves = np.array_split(np.arange(len(query_T)), 2 if length >= _LONG else 1)
-    return [(slice(half[0], half[-1] + 1), int(query_T[half[-1]]) + 1) for half in halves]
-
-
-def _attend(
-    q_BHTK: jax.Array, k_BHTK: jax.Array, v_BHTK: jax.Array, query_T: np.ndarray
-) -> tuple[jax.Array, jax.Array]:
-    """Causal attention of queries at positions query_T: the weights, and what they pick."""
-    length, scale = k_BHTK.shape[2], k_BHTK.shape[3] ** -0.5
-    attention, picked = [], []
-    for rows, stop in attention_parts(length, query_T):
-        score_BHTT = scale * jnp.einsum(
-            "bhtk,bhsk->bhts",
-            q_BHTK[:, :, rows],
-            k_BHTK[:, :, :stop],
-            preferred_element_type=jnp.float32,
-        )
-        causal_TT = np.arange(stop) <= query_T[rows, None]
-        score_BHTT = jnp.where(causal_TT, score_BHTT, jnp.finfo(jnp.float32).min)
-        weight_BHTT = jax.nn.softmax(score_BHTT, axis=-1)
-        picked.append(
-            jnp.einsum("bhts,bhsk->bhtk", weight_BHTT.astype(v_BHTK.dtype), v_BHTK[:, :, :stop])
-        )
-        attention.append(jnp.pad(weight_BHTT, [(0, 0)] * 3 + [(0, length - stop)]))
-    return jnp.concatenate(attention, axis=2), jnp.concatenate(picked, axis=2)
-
-
-def _normal(std: float) -> nn.initializers.Initializer:
-    return nn.initializers.normal(std, jnp.float32)  # also where x64 is on
-
-
-def _layer_norm(name: str | None = None) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=LN_EPSILON, use_fast_variance=False, name=name)
 
 
 class Transformer(nn.Module):
@@ -325,7 +235,7 @@ class Transformer(nn.Module):
         cfg = self.cfg
         _check_call(cfg, tokens_BT, positions, capture, gate, skip, patch)
         tokens_BT = tokens_BT[:, :-1]
-        embedding_VD = self.param("embedding", _normal(0.02), (cfg.vocab, cfg.width))
+        embedding_VD = self.param("embedding", normal(0.02), (cfg.vocab, cfg.width))
         block = Block(cfg, parent=None)
         stacked = self.param("blocks", functools.partial(_init_blocks, block))
 
@@ -354,7 +264,7 @@ class Transformer(nn.Module):
                 unroll = last - first <= _UNROLLED
                 h_BTD, seen = jax.lax.scan(body, h_BTD, part, unroll=unroll)
             captured.append(seen)
-        logits = _unembed(_layer_norm("ln_f")(h_BTD), embedding_VD, jnp.dtype(cfg.dtype))
+        logits = _unembed(layer_norm("ln_f")(h_BTD), embedding_VD, jnp.dtype(cfg.dtype))
         if not capture:
             return logits
         layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *captured)
@@ -395,7 +305,7 @@ def unembed(params: Params, residual_XD: jax.Array, cfg: Config) -> jax.Array:
 
     Of the stream after the last block these are the model's own.
     """
-    h_XD = _layer_norm().apply({"params": params["ln_f"]}, residual_XD)
+    h_XD = layer_norm().apply({"params": params["ln_f"]}, residual_XD)
     return _unembed(h_XD, params["embedding"], jnp.dtype(cfg.dtype))
 
 

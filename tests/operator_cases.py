@@ -6,7 +6,7 @@ import numpy as np
 import scipy.sparse
 from jax.tree_util import Partial
 
-from isvd import algebra, operators, spmm
+from isvd import algebra, functions, operators, spmm
 
 
 def draw(seed, *shape, dtype="float32"):
@@ -51,7 +51,7 @@ def one_row(draw):
 def user_vector_function(draw):
     kernel = draw(1, 3)
     product = Partial(toeplitz_product, kernel)
-    return operators.from_matmat(product, (6, 4), kernel.dtype), band(kernel, 4)
+    return functions.from_matmat(product, (6, 4), kernel.dtype), band(kernel, 4)
 
 
 @case
@@ -59,7 +59,7 @@ def user_block_function(draw):
     a_MN = draw(2, 4, 5)
     product = Partial(lambda a, x: a[:, :, None] * x, a_MN)  # fails on vectors: (4, 5, 1) * (5,)
     summed = Partial(lambda product, x: product(x).sum(1), product)
-    return operators.from_matmat(summed, (4, 5), a_MN.dtype, block=True), a_MN
+    return functions.from_matmat(summed, (4, 5), a_MN.dtype, block=True), a_MN
 
 
 @case
@@ -67,7 +67,7 @@ def user_pair_of_functions(draw):
     a_MN = draw(3, 4, 5)
     backward = Partial(lambda a, y: a.conj().T @ y, a_MN)
     forward = Partial(jnp.matmul, a_MN)
-    return operators.from_matmat(forward, (4, 5), a_MN.dtype, rmatmat=backward), a_MN
+    return functions.from_matmat(forward, (4, 5), a_MN.dtype, rmatmat=backward), a_MN
 
 
 @case

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
-from isvd import adaptive, algebra, checks, operators, sharded, solve
+from isvd import adaptive, algebra, checks, functions, operators, sharded, solve
 from isvd.factorize import svd
 
 KEY = jax.random.key(0)
@@ -47,7 +47,7 @@ def test_values(mesh, context):
     for s_K, wanted in [
         (values(dense), wanted_K),
         (jax.jit(lambda a: values(operators.dense(a)))(spread_MN), wanted_K),
-        (values(operators.from_matmat(Partial(jnp.matmul, spread_MN), a_MN.shape)), wanted_K),
+        (values(functions.from_matmat(Partial(jnp.matmul, spread_MN), a_MN.shape)), wanted_K),
         (values(sharded.row_sharded(a_MN, mesh, "rows")), wanted_K),
         (values(algebra.centered(dense)), centred_K),
     ]:

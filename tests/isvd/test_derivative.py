@@ -8,7 +8,7 @@ import scipy.sparse
 from jax.tree_util import Partial
 from spectra import GAPS, KEY, M, N, dense_triplets, with_values
 
-from isvd import operators, spmm
+from isvd import functions, operators, spmm
 from isvd.factorize import svd
 
 
@@ -59,7 +59,7 @@ def test_gradient_reaches_what_a_function_closes_over(form):
                 assert x.ndim == (1 if form == "vector" else 2)
                 return scale_M.reshape(-1, *(1,) * (x.ndim - 1)) * (a_MN @ x)
 
-            op = operators.from_matmat(product, (M, N), jnp.float64, block=form == "block")
+            op = functions.from_matmat(product, (M, N), jnp.float64, block=form == "block")
             return svd(op, KEY, rank=3, tol=1e-12).s_K.sum()
 
         scale_M = np.random.default_rng(0).uniform(1, 2, M)
@@ -91,7 +91,7 @@ def test_gradient_reaches_what_a_function_holds(holder):
 
         def loss(scale_M):
             product = HOLDERS[holder](a_MN, scale_M)
-            op = operators.from_matmat(product, (40, 30), jnp.float64)
+            op = functions.from_matmat(product, (40, 30), jnp.float64)
             return svd(op, KEY, rank=3).s_K.sum()
 
         scale_M = np.random.default_rng(0).uniform(1, 2, 40)
@@ -142,7 +142,7 @@ def test_gradient_where_a_function_closes_over_a_traced_integer():
     a_NN = jnp.asarray(with_values(GAPS)[:6, :6], jnp.float32)
 
     def loss(scale, shift):
-        op = operators.from_matmat(lambda x_N: scale * jnp.roll(a_NN @ x_N, shift) + x_N, (6, 6))
+        op = functions.from_matmat(lambda x_N: scale * jnp.roll(a_NN @ x_N, shift) + x_N, (6, 6))
         return svd(op, KEY, rank=2).s_K.sum()
 
     def wanted(scale, shift):
@@ -163,7 +163,7 @@ def test_gradient_mapped_over_floats_that_a_function_closes_over():
 
     def slope(weight):
         def loss(scale):
-            op = operators.from_matmat(lambda x_N: scale * weight * (a_NN @ x_N), (6, 6))
+            op = functions.from_matmat(lambda x_N: scale * weight * (a_NN @ x_N), (6, 6))
             return svd(op, KEY, rank=2).s_K.sum()
 
         return jax.grad(loss)(3.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from isvd import algebra, checks, design, operators, spmm
+from isvd import algebra, checks, design, functions, operators, spmm
 
 
 def graph(seed=0, size=9, density=0.3, directed=False):
@@ -158,7 +158,7 @@ def test_rows_of_propagated():
 
 def test_propagated_makes_one_loop_of_products_whatever_the_depth():
     calls = []
-    step = operators.from_matmat(lambda x: (calls.append(1), x / 2)[1], (4, 4), block=True)
+    step = functions.from_matmat(lambda x: (calls.append(1), x / 2)[1], (4, 4), block=True)
     features = operators.identity(4)
     text = str(jax.make_jaxpr(design.propagated(step, features, 9).matmat)(jnp.ones((40, 2))))
     assert text.count("length=9") == 1

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse
 from jax.tree_util import Partial
 
-from isvd import algebra, deepen, design, operators, sharded, spmm
+from isvd import algebra, deepen, design, functions, operators, sharded, spmm
 
 N = 6
 
@@ -122,7 +122,7 @@ def test_what_a_users_function_holds_is_not_kept():
     a, x_NC = matrix(0), matrix(1)
 
     def total(s):
-        return (operators.from_matmat(lambda x: s * (a @ x), (N, N)) ** 2 @ x_NC).sum()
+        return (functions.from_matmat(lambda x: s * (a @ x), (N, N)) ** 2 @ x_NC).sum()
 
     with jax.checking_leaks():
         value, slope = jax.jit(jax.value_and_grad(total))(2.0)
@@ -137,6 +137,6 @@ def test_text_in_a_users_function():
         lambda a, x, precision: jnp.matmul(a, x, precision=precision), a, precision="highest"
     )
     backward = Partial(lambda a, y, how: a.T @ y if how else None, a, how="plain")
-    op = operators.from_matmat(product, (N, N), rmatmat=backward, block=True) ** 2
+    op = functions.from_matmat(product, (N, N), rmatmat=backward, block=True) ** 2
     np.testing.assert_allclose(op @ x_NC, a @ a @ x_NC, atol=1e-5)
     np.testing.assert_allclose(op.H @ x_NC, a.T @ a.T @ x_NC, atol=1e-5)

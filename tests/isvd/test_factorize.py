@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from jax.tree_util import Partial
 from spectra import KEY, RANK, SPECTRA, M, N, check, with_values
 
-from isvd import factorize, operators, spmm
+from isvd import factorize, functions, operators, spmm
 from isvd.factorize import svd
 
 
@@ -149,7 +149,7 @@ def test_products_are_those_of_the_operator():
         return a_MN @ x_NC
 
     a_MN = with_values(SPECTRA["slow decay"]).astype("float32")
-    op = operators.from_matmat(
+    op = functions.from_matmat(
         Partial(product, a_MN), (M, N), rmatmat=Partial(product, a_MN.T), block=True
     )
     factors = jax.block_until_ready(svd(op, KEY, rank=RANK))

@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse
 from operator_cases import draw
 
-from isvd import algebra, checks, operators
+from isvd import algebra, checks, functions, operators
 
 SPARSE_33 = scipy.sparse.csr_array(np.eye(3))
 A43, A34, A44 = (operators.dense(draw(0, *shape)) for shape in ((4, 3), (3, 4), (4, 4)))
@@ -39,29 +39,29 @@ WRONG = {
     "ranks": (lambda: operators.low_rank(np.ones((3, 2)), np.ones((3, 1))), r"\(M, K\) and \(N, K"),
     "empty": (lambda: operators.ones(0, 3), r"shape=\(0, 3\): expected"),
     "user's shape": (
-        lambda: operators.from_matmat(lambda x: x, (4, 3)),
+        lambda: functions.from_matmat(lambda x: x, (4, 3)),
         r"matmat: expected a function from \(3,\) to \(4,\).*of 3 it gives shape \(3,\)",
     ),
     "user's error": (
-        lambda: operators.from_matmat(lambda x: x.nonsense, (4, 3)),
+        lambda: functions.from_matmat(lambda x: x.nonsense, (4, 3)),
         "with a vector it raises AttributeError",
     ),
     "user's type": (
-        lambda: operators.from_matmat(jnp.fft.fft, (4, 4)),
+        lambda: functions.from_matmat(jnp.fft.fft, (4, 4)),
         "matmat gives complex64 for a vector of dtype float32.*pass dtype='complex64'",
     ),
     "type of the user's adjoint": (
-        lambda: operators.from_matmat(
+        lambda: functions.from_matmat(
             lambda x: 2 * x, (4, 4), rmatmat=lambda y: 2 * y.astype("bfloat16"), block=True
         ),
         "rmatmat gives bfloat16 for a block of dtype float32.*pass dtype='bfloat16'",
     ),
     "a pair for a product": (
-        lambda: operators.from_matmat(lambda x: (x, x), (3, 3)),
+        lambda: functions.from_matmat(lambda x: (x, x), (3, 3)),
         "with a vector it gives a tuple; with a block it gives a tuple",
     ),
-    "one size": (lambda: operators.from_matmat(lambda x: x, 5), r"shape=5: expected \(rows, col"),
-    "half a row": (lambda: operators.from_matmat(lambda x: x, (2.5, 3)), r"shape=\(2.5, 3\): exp"),
+    "one size": (lambda: functions.from_matmat(lambda x: x, 5), r"shape=5: expected \(rows, col"),
+    "half a row": (lambda: functions.from_matmat(lambda x: x, (2.5, 3)), r"shape=\(2.5, 3\): exp"),
     "half a term": (
         lambda: algebra.geometric_sum(A44, 0.5, 2.5),
         "num_terms=2.5, expected a whole",
@@ -108,6 +108,6 @@ def test_what_has_no_meaning_is_a_type_error():
     ids=["abs", "norm", "where"],
 )
 def test_an_adjoint_that_cannot_be_derived(product):
-    op = operators.from_matmat(product, (5, 5))
+    op = functions.from_matmat(product, (5, 5))
     with pytest.raises(ValueError, match="rmatmat cannot be derived: matmat is not linear"):
         op.H @ np.ones(5, np.float32)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from jax.tree_util import Partial
 from operator_cases import OPERATORS, assert_close, draw, pair_of, toeplitz_product
 
-from isvd import algebra, checks, operators
+from isvd import algebra, checks, functions, operators
 
 each = pytest.mark.parametrize("name", list(OPERATORS))
 
@@ -127,7 +127,7 @@ def test_loops_of_operators_that_differ_between_devices(name, closure):
     def products(op, x_NC):
         op = inner = jax.tree.map(lambda leaf: leaf[0], op)
         if closure:
-            op = operators.from_matmat(lambda x: inner @ x, inner.shape) ** 2
+            op = functions.from_matmat(lambda x: inner @ x, inner.shape) ** 2
         return op.matmat(x_NC)[None], op.rmatmat(x_NC)[None]
 
     spread = jax.shard_map(
@@ -201,8 +201,8 @@ def test_derived_and_written_adjoint_agree():
     kernel = draw(1, 3)
     product = Partial(toeplitz_product, kernel)
     backward = Partial(lambda kernel, y: jnp.correlate(y, kernel), kernel)
-    derived = operators.from_matmat(product, (6, 4))
-    written = operators.from_matmat(product, (6, 4), rmatmat=backward)
+    derived = functions.from_matmat(product, (6, 4))
+    written = functions.from_matmat(product, (6, 4), rmatmat=backward)
     y_MC = draw(2, 6, 3)
     assert_close(written.rmatmat(y_MC), derived.rmatmat(y_MC))
 
@@ -210,7 +210,7 @@ def test_derived_and_written_adjoint_agree():
 @each
 def test_the_adjoint_of_a_closure_over_an_operator_is_derived(name):
     op, a_MN = OPERATORS[name](draw)
-    closure = operators.from_matmat(lambda x: op @ x, op.shape, op.dtype)
+    closure = functions.from_matmat(lambda x: op @ x, op.shape, op.dtype)
     y_MC = draw(31, a_MN.shape[0], 2)
     assert_close(jax.jit(closure.rmatmat)(y_MC), a_MN.T @ y_MC)
 
@@ -250,9 +250,9 @@ def test_representation():
 
 def test_a_function_of_vectors_is_mapped_over_columns():
     """The discrete Fourier transform of a block along its rows would be another matrix."""
-    op = operators.from_matmat(jnp.fft.fft, (3, 3), "complex64")
+    op = functions.from_matmat(jnp.fft.fft, (3, 3), "complex64")
     assert_close(op.to_dense(), np.fft.fft(np.eye(3), axis=0).astype("complex64"))
-    told = operators.from_matmat(jnp.fft.fft, (3, 3), "complex64", block=True)
+    told = functions.from_matmat(jnp.fft.fft, (3, 3), "complex64", block=True)
     x_NC = draw(0, 3, 2, dtype="complex64")
     assert_close(told @ x_NC, np.fft.fft(x_NC).astype("complex64"))
 
@@ -262,20 +262,20 @@ def test_the_type_is_that_of_the_products():
     with jax.enable_x64(True):
         a = draw(0, 4, 3, dtype="float64")
         with pytest.raises(ValueError, match="gives float64 for a vector of dtype float32"):
-            operators.from_matmat(lambda x: a @ x, (4, 3))
-        op = operators.from_matmat(lambda x: a @ x, (4, 3), "float64")
+            functions.from_matmat(lambda x: a @ x, (4, 3))
+        op = functions.from_matmat(lambda x: a @ x, (4, 3), "float64")
         assert_close(op.to_dense(), a)
-    op = operators.from_matmat(lambda x: a.astype("f") @ x, (4, 3), np.float64)
+    op = functions.from_matmat(lambda x: a.astype("f") @ x, (4, 3), np.float64)
     assert op.dtype == "float32"  # as everywhere without x64
     checks.verify(op, jax.random.key(0))
     # Entries of a lesser type are promoted by the product.
-    half = operators.from_matmat(lambda x: a.astype("float16") @ x, (4, 3))
+    half = functions.from_matmat(lambda x: a.astype("float16") @ x, (4, 3))
     assert half.rmatmat(draw(1, 4, 2)).dtype == "float32"
 
 
 def test_polynomial_makes_one_pass():
     calls = []
-    op = operators.from_matmat(lambda x: (calls.append(1), 2 * x)[1], (4, 4))
+    op = functions.from_matmat(lambda x: (calls.append(1), 2 * x)[1], (4, 4))
     summed = algebra.windowed_sum(op, np.ones(9, np.float32))
     text = str(jax.make_jaxpr(summed.matmat)(draw(0, 4, 2)))
     assert text.count("length=9") == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from isvd import operators, solve
+from isvd import functions, operators, solve
 from isvd.factorize import svd
 
 KEY = jax.random.key(0)
@@ -52,7 +52,7 @@ def test_gradient_where_a_user_holds_a_number(loss):
     """A whole number in a Partial is a leaf of the operator, without a shape of its own."""
 
     def of(a_MN):
-        return operators.from_matmat(Partial(lambda a, c, x: c * (a @ x), a_MN, 3), (M, N))
+        return functions.from_matmat(Partial(lambda a, c, x: c * (a @ x), a_MN, 3), (M, N))
 
     slope = jax.grad(lambda a_MN: loss(of(a_MN)))(A_MN)
     wanted = jax.grad(lambda a_MN: loss(operators.dense(3 * a_MN)))(A_MN)
@@ -63,7 +63,7 @@ def test_nothing_traced_outlives_its_trace():
     @jax.jit
     @jax.grad
     def slope(scale):
-        op = operators.from_matmat(lambda x_N: scale * (A_MN @ x_N), (M, N))
+        op = functions.from_matmat(lambda x_N: scale * (A_MN @ x_N), (M, N))
         return svd(op, KEY, rank=1).s_K[0]
 
     with jax.checking_leaks():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from isvd import operators, solve, spmm
+from isvd import functions, operators, solve, spmm
 from isvd.factorize import svd
 
 M, N, RANK = 30, 20, 4
@@ -160,7 +160,7 @@ def test_first_and_second_derivative_by_what_a_function_closes_over():
     a_MN, direction = (left * values) @ right, draw(7, M, N)
 
     def loss(z):
-        op = operators.from_matmat(lambda x: a_MN @ x + z * (direction @ x), (M, N), jnp.float64)
+        op = functions.from_matmat(lambda x: a_MN @ x + z * (direction @ x), (M, N), jnp.float64)
         return uses(op, svd(op, KEY, rank=RANK, tol=1e-13))
 
     wanted = jax.jit(jax.grad(lambda z: uses_of_lapacks(a_MN + z * direction)))

@@ -9,7 +9,7 @@ import pytest
 from jax.tree_util import Partial
 from spectra import KEY, RANK, SPECTRA, M, N, with_values
 
-from isvd import operators
+from isvd import functions, operators
 from isvd.factorize import svd
 
 
@@ -70,7 +70,7 @@ def test_subspace_iteration_warm_started_counts_its_products():
         return a_MN @ x_NC
 
     a_MN = with_values(SPECTRA["fast decay"], shape=(N, M)).astype("float32")
-    op = operators.from_matmat(
+    op = functions.from_matmat(
         Partial(product, a_MN), (N, M), rmatmat=Partial(product, a_MN.T), block=True
     )
     start = np.linalg.svd(a_MN)[2][:5].T

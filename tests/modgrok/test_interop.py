@@ -12,7 +12,8 @@ import pytest
 from asserts import assert_trees_equal
 
 from modgrok import interop
-from modgrok.model import Config, apply, init_params, rotary_tables
+from modgrok.layers import rotary_tables
+from modgrok.model import Config, apply, init_params
 from tests.modgrok import reference_forward
 
 SIZES = {"vocab": 11, "width": 24, "heads": 3, "layers": 2}

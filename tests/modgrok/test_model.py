@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from asserts import assert_trees_close
 
-from modgrok.model import Config, Patch, Transformer, apply, init_params, lookup, unembed
+from modgrok.layers import lookup
+from modgrok.model import Config, Patch, Transformer, apply, init_params, unembed
 from tests.modgrok import reference_forward
 
 CFG = Config(vocab=12, width=16, heads=2, layers=2)
