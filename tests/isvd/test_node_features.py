@@ -1,22 +1,18 @@
 """Features of nodes against numpy's SVD of dense twins."""
 
+import functools
+
 import jax
 import numpy as np
+import operator_cases
 import pytest
+from asserts import assert_close
 from planted_graph import planted
 
 from isvd import node_features
 from isvd.operators import dense
 
-
-def draw(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-def assert_close(actual, wanted, tolerance=1e-4):
-    actual, wanted = np.asarray(actual), np.asarray(wanted)
-    assert actual.shape == wanted.shape
-    np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+draw = functools.partial(operator_cases.draw, dtype="float64")
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40)])

@@ -5,7 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import operator_cases
 import pytest
+from asserts import assert_close
 from planted_graph import planted
 
 from isvd import metrics, node_features, nodeclass
@@ -15,16 +17,7 @@ from isvd.factorize import svd
 from isvd.operators import dense
 from isvd.spmm import sparse
 
-
-def draw(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-def assert_close(actual, wanted, tolerance=1e-4):
-    actual, wanted = np.asarray(actual), np.asarray(wanted)
-    assert actual.shape == wanted.shape
-    np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
-
+draw = functools.partial(operator_cases.draw, dtype="float64")
 
 # Least squares -----------------------------------------------------------------------------------
 

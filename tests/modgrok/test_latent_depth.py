@@ -9,13 +9,22 @@ import numpy as np
 import optax
 import pytest
 from asserts import assert_trees_close, assert_trees_equal
-from jax.extend.core import jaxprs_in_params
+from gated_networks import (
+    CFG,
+    DATA,
+    GROUP_W,
+    INPUT_M2,
+    KEY,
+    LOGITS_GL,
+    TASK_W2,
+    batch_at,
+    params_of,
+)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modgrok import evaluation, latent_depth, latent_figures, sequences
+from modgrok import latent_depth, latent_figures
 from modgrok.latent_depth import LatentConfig
-from modgrok.model import Config, apply, init_params
-from modgrok.tasks import InputSplit, TaskSplit
+from modgrok.model import apply
 from modgrok.training import (
     OptimizerConfig,
     TrainState,
@@ -26,42 +35,19 @@ from modgrok.training import (
     train_step,
 )
 
-CFG = Config(vocab=5, width=8, heads=2, layers=3)
 SHALLOW = dataclasses.replace(CFG, layers=2)  # for training steps, which compile longest
-KEY = jax.random.key(0)
-TASK_W2 = np.array([[1, 2], [3, 4], [0, 1], [2, 2]], np.int32)
-INPUT_M2 = np.array([[1, 2], [0, 4], [2, 2], [3, 0], [4, 1]], np.int32)
-GROUP_W = np.array([0, 1, 1, 0], np.int32)
-DATA = {"modulus": 5, "shots": 2, "batch": 16}
 SGD = optax.sgd(1.0)  # its step is the gradient
 ONE = LatentConfig(soft_steps=1, anneal_steps=2, target_depth=1, kl_weight=0.3, depth_weight=0.2)
 TWO = dataclasses.replace(ONE, groups=2, share_weight=0.1, prior="aggregated")
-LOGITS_GL = jnp.array([[-3.0, 0.5, 2.0], [1.0, -0.5, 4.0]])
 
-# Most of the time here goes into compiling; what is compiled runs once or twice.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-jit_step = jit(train_step, static_argnames=("cfg", "tx", "micro_batches", "axis_name", "latent"))
-
-
-@functools.cache
-def params_of(groups=1, layers=3):
-    """Parameters of size .3 with gates that differ."""
-    cfg = dataclasses.replace(CFG, layers=layers)
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda key: init_params(key, cfg), KEY)
-    params = jax.tree.map(lambda x: jnp.array(rng.normal(0, 0.3, x.shape), x.dtype), shapes)
-    logits_GL = jnp.array(rng.normal(0, 1.5, (groups, layers)), jnp.float32)
-    return {**params, "gates": {"logits_GL": logits_GL}}
+jit_step = jax.jit(
+    train_step, static_argnames=("cfg", "tx", "micro_batches", "axis_name", "latent")
+)
 
 
 def start(groups=1, tx=SGD, step=3):
     params = params_of(groups, layers=2)
     return TrainState(jnp.int32(step), params, tx.init(params), None)
-
-
-def batch_at(step):
-    key = jax.random.fold_in(KEY, step)
-    return sequences.sample_sequences(key, TASK_W2, INPUT_M2, **DATA)
 
 
 # The divergence from the prior
@@ -221,7 +207,7 @@ def test_a_step_is_the_gradient_of_loss_and_penalty_under_the_sampled_gates():
     group_B = jnp.repeat(GROUP_W, 4)
     noise = latent_depth.logistic_noise(key, 2, 2)
 
-    @jit
+    @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def objective(params):
         logits_GL = params["gates"]["logits_GL"]
@@ -260,11 +246,11 @@ def test_eight_devices_draw_the_same_gates_as_one(mode):
     if mode == "jit":
         placed = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
         rows = NamedSharding(mesh, PartitionSpec("data"))
-        found = jit(lambda s: chunk(s, TWO, batch_sharding=rows))(placed)
+        found = jax.jit(lambda s: chunk(s, TWO, batch_sharding=rows))(placed)
     else:
         body = functools.partial(chunk, latent=TWO, axis_name="data", micro_batches=2)
         everywhere = PartitionSpec()
-        found = jit(jax.shard_map(body, mesh=mesh, in_specs=everywhere, out_specs=everywhere))(
+        found = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=everywhere, out_specs=everywhere))(
             state
         )
     assert_trees_close(found, one_device(), rtol=1e-4, atol=1e-5)
@@ -272,7 +258,7 @@ def test_eight_devices_draw_the_same_gates_as_one(mode):
 
 @functools.cache
 def one_device():
-    return jax.device_get(jit(lambda s: chunk(s, TWO))(start(2, step=0)))
+    return jax.device_get(jax.jit(lambda s: chunk(s, TWO))(start(2, step=0)))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -283,15 +269,15 @@ def test_gates_have_their_own_rate_and_no_decay(name):
     tx = make_optimizer(config, latent=latent)
     params = params_of()
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jit(tx.update)(zeros, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
     np.testing.assert_array_equal(updates["gates"]["logits_GL"], 0)
     assert np.abs(updates["blocks"]["fc"]).max() > 0
     slope = {**zeros, "gates": {"logits_GL": jnp.ones((1, 3))}}
-    updates, _ = jit(tx.update)(slope, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(slope, tx.init(params), params)
     np.testing.assert_allclose(updates["gates"]["logits_GL"], -0.25, rtol=1e-5)
     plain = make_optimizer(config)
     weights = {name: w for name, w in params.items() if name != "gates"}
-    wanted, _ = jit(plain.update)(
+    wanted, _ = jax.jit(plain.update)(
         jax.tree.map(jnp.zeros_like, weights), plain.init(weights), weights
     )
     assert_trees_equal({k: v for k, v in updates.items() if k != "gates"}, wanted)
@@ -310,149 +296,11 @@ def test_depth_falls_to_its_target():
         soft_steps=5, anneal_steps=10, target_depth=1, depth_weight=1.0, lr=0.3, entropy_weight=1.0
     )
     tx = make_optimizer(OptimizerConfig(lr=1e-3, warmup_steps=1, schedule_steps=99), latent=latent)
-    state, metrics = jit(lambda s: chunk(s, latent, 80, tx=tx))(start(1, tx, step=0))
+    state, metrics = jax.jit(lambda s: chunk(s, latent, 80, tx=tx))(start(1, tx, step=0))
     found = latent_depth.posterior(state.params)
     assert abs(found.expected_depth_G[0] - 1) < 0.3
     assert found.variance_G[0] < 0.05
     assert metrics.gate_entropy[-1] < metrics.gate_entropy[0]
-
-
-# What was learned
-
-
-def test_posterior():
-    found = latent_depth.posterior({"gates": {"logits_GL": LOGITS_GL}})
-    q = 1 / (1 + np.exp(-np.asarray(LOGITS_GL, float)))
-    np.testing.assert_allclose(found.inclusion_GL, q, rtol=1e-5)
-    np.testing.assert_array_equal(found.keep_GL, [[0, 1, 1], [1, 0, 1]])
-    np.testing.assert_allclose(found.expected_depth_G, q.sum(1), rtol=1e-5)
-    np.testing.assert_array_equal(found.kept_G, [2, 2])
-    bits = -(q * np.log2(q) + (1 - q) * np.log2(1 - q))
-    np.testing.assert_allclose(found.entropy_G, bits.mean(1), rtol=1e-4)
-    np.testing.assert_allclose(found.variance_G, (q * (1 - q)).mean(1), rtol=1e-4)
-    assert latent_depth.overlap(found.keep_GL) == pytest.approx(1 / 3)
-    assert latent_depth.overlap(found.keep_GL[:1]) == 1
-    assert latent_depth.overlap(np.zeros((2, 3))) == 1
-
-
-def test_unseen_tasks_have_the_mean_of_the_logits():
-    params = {"gates": {"logits_GL": LOGITS_GL}}
-    seen_WL, unseen_L = latent_depth.task_gates(params, GROUP_W)
-    np.testing.assert_array_equal(seen_WL, np.array([[0, 1, 1], [1, 0, 1]])[GROUP_W])
-    np.testing.assert_array_equal(unseen_L, [0, 0, 1])  # means -1, 0, 3
-
-
-@pytest.mark.parametrize("keep", [[0, 1, 1], [1, 0, 0]])
-def test_the_pruned_network_is_the_rounded_one(keep):
-    """And skipping closed blocks changes nothing."""
-    params, tokens_BT, gate_L = params_of(), batch_at(0), jnp.array(keep, jnp.float32)
-    wanted = jit(functools.partial(apply, cfg=CFG))(params, tokens_BT, gate=gate_L)
-    small = latent_depth.pruned_config(CFG, keep)
-    assert small.layers == sum(keep)
-    pruned = latent_depth.prune(params, keep)
-    assert set(pruned) == {"embedding", "blocks", "ln_f"}
-    found = jit(functools.partial(apply, cfg=small))(pruned, tokens_BT)
-    scale = np.abs(wanted).max()
-    np.testing.assert_allclose(found / scale, wanted / scale, atol=1e-6)
-    skipped = jit(functools.partial(apply, cfg=CFG, skip=True))(params, tokens_BT, gate=gate_L)
-    np.testing.assert_allclose(skipped / scale, wanted / scale, atol=1e-6)
-
-
-def test_skipped_blocks_are_not_computed():
-    """Weights that are no numbers do no harm in a block that nobody uses; gates differ by row."""
-    params, tokens_BT = params_of(layers=7), batch_at(0)[:2]
-    cfg = dataclasses.replace(CFG, layers=7)
-    params = {**params, "blocks": jax.tree.map(lambda w: w.at[3].set(np.nan), params["blocks"])}
-    gate_LB = jnp.array([[1, 0]] * 3 + [[0, 0]] + [[0, 1]] * 3, jnp.float32)
-    run = jit(functools.partial(apply, cfg=cfg), static_argnames="skip")
-    both = run(params, tokens_BT, gate=gate_LB, skip=True)
-    for row in (0, 1):
-        alone = run(params, tokens_BT[row : row + 1], gate=gate_LB[:, row], skip=True)
-        np.testing.assert_allclose(both[row], alone[0], rtol=1e-4, atol=1e-5)
-    assert np.isnan(run(params, tokens_BT, gate=gate_LB, skip=False)).all()
-
-
-def test_an_optimiser_is_pruned_with_its_weights():
-    latent = LatentConfig()
-    config = OptimizerConfig(name="muon", warmup_steps=0, schedule_steps=9)
-    tx = make_optimizer(config, latent=latent)
-    params, keep = params_of(), [1, 0, 1]
-    state = tx.init(params).inner_states["weights"].inner_state
-    pruned = latent_depth.prune(state, keep)
-    wanted = make_optimizer(config).init(latent_depth.prune(params, keep))
-    assert_trees_equal(pruned, wanted)
-
-
-def test_nothing_is_left_to_prune_to():
-    with pytest.raises(ValueError, match="keeps no block"):
-        latent_depth.prune(params_of(), [0, 0, 0])
-    with pytest.raises(ValueError, match="keep_L has 2 layers, the blocks 3"):
-        latent_depth.prune(params_of(), [1, 0])
-
-
-def test_evaluation_uses_the_gates_of_each_task():
-    params = params_of(2)
-    tasks, inputs = TaskSplit(TASK_W2, TASK_W2[:2]), InputSplit(INPUT_M2, INPUT_M2)
-    gates = latent_depth.task_gates(params, GROUP_W)
-    options = {"cfg": CFG, "modulus": 5, "shots": 2}
-    scores = evaluation.evaluate(
-        params, KEY, tasks, inputs, sequences_per_task=3, rows=5, gates=gates, **options
-    )
-    key = jax.random.split(KEY, 4)[0]
-    for task in (1, 3):  # one of each group
-        alone = evaluation.score_tasks(
-            params, key, TASK_W2[task : task + 1], INPUT_M2, num_sequences=3,
-            gate=gates[0][task], **options,
-        )  # fmt: skip
-        np.testing.assert_allclose(
-            scores.seen_train.loss_WS[task], alone.loss_WS[0], rtol=1e-4, atol=1e-5
-        )
-
-
-def test_flops_count_the_blocks_that_are_kept():
-    cfg = Config(vocab=7, width=32, heads=4, layers=10)
-    whole, four = (
-        latent_depth.forward_flops(cfg, shots=8, keep_L=keep)
-        for keep in (None, [0, 1, 1, 0, 0, 1, 0, 0, 0, 1])
-    )
-    small = dataclasses.replace(cfg, layers=4)
-    assert four == latent_depth.forward_flops(small, shots=8)
-    assert 0.3 < four / whole < 0.5
-
-
-def product_flops(jaxpr):
-    """Flops of the matrix products of a program, loops counted as often as they run."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            size = np.prod([shape[axis] for axis in contracted])
-            total += 2 * int(size * np.prod(equation.outvars[0].aval.shape))
-        inner = sum(map(product_flops, jaxprs_in_params(equation.params)))
-        total += inner * equation.params.get("length", 1)
-    return total
-
-
-@pytest.mark.parametrize(("layers", "shots"), [(2, 8), (9, 8), (3, 31)])
-def test_flops_are_the_products_of_the_program(layers, shots):
-    """Unrolled, in a loop over blocks, and with attention in two halves."""
-    cfg, batch = Config(vocab=7, width=32, heads=4, layers=layers), 16
-    params = jax.eval_shape(lambda key: init_params(key, cfg), KEY)
-    tokens_BT = jax.ShapeDtypeStruct((batch, 3 * shots), jnp.int32)
-    closed = jax.make_jaxpr(functools.partial(apply, cfg=cfg))(params, tokens_BT)
-    # Queries, keys and values of the first block are of the ids, which the formula leaves out.
-    saved = 2 * 3 * cfg.width**2 * (batch * (3 * shots - 1) - cfg.vocab)
-    flops = batch * latent_depth.forward_flops(cfg, shots=shots) - saved
-    assert product_flops(closed.jaxpr) == flops
-
-
-def test_gradient_norms_by_block():
-    grads = params_of()
-    norm_L = latent_depth.block_norms(grads)
-    for layer in range(3):
-        block = jax.tree.map(lambda w: w[layer], grads["blocks"])  # noqa: B023
-        assert norm_L[layer] == pytest.approx(float(optax.tree.norm(block)), rel=1e-5)
 
 
 # Bad requests

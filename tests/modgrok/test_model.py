@@ -20,7 +20,6 @@ from tests.modgrok import reference_forward
 CFG = Config(vocab=12, width=16, heads=2, layers=2)
 POST = dataclasses.replace(CFG, norm="post")
 TOKENS_BT = np.random.default_rng(0).integers(0, 12, (2, 12)).astype(np.int32)
-COMPILE_QUICKLY = {"xla_backend_optimization_level": 0}
 
 logits_of = jax.jit(apply, static_argnames=("cfg", "positions", "capture"))
 
@@ -45,7 +44,7 @@ def test_answers_alone_equal_all_positions(layers):
     params = random_params(cfg)
     weight_BSV = np.random.default_rng(1).normal(size=(2, 4, 12)).astype(np.float32)
 
-    @functools.partial(jax.jit, compiler_options=COMPILE_QUICKLY)
+    @jax.jit
     def values_and_grads(params):
         return value_and_grad(params, "answers"), value_and_grad(params, "all")
 
