@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
 # These take minutes to days; their start shows that the command is right. The report's sections are
 # run by tests/launch/test_robust_depth_report.py.
-LONG = ("--preset=paper", "memorise.flags", "robust_depth_report")
+LONG = ("--preset=paper", "paper_d4_muon.flags", "memorise.flags", "robust_depth_report")
 CORA = "--name=cora"  # needs the files of Planetoid
 # Compiled as users compile them: one that trains and is resumed, and the one that computes longest.
 # With the XLA_FLAGS of tests/conftest.py the others take less than half the time.
