@@ -12,6 +12,8 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from launch import UsageError, flags, rundir
@@ -79,7 +81,10 @@ def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
     resuming = bool(from_process_0(b"x" * resuming))
     new = os.fsencode(rundir.new_folder(PROGRAM)) if writer and not cfg.workdir else b""
     workdir = cfg.workdir or from_process_0(new).decode()
-    with Checkpoints(os.path.join(workdir, "checkpoints"), keep=cfg.keep) as checkpoints:
+    with (
+        _held(workdir, writer),
+        Checkpoints(os.path.join(workdir, "checkpoints"), keep=cfg.keep) as checkpoints,
+    ):
         restored, state, best = _begin(cfg, parts, like, checkpoints, resuming)
         start, state = restored.step if restored else 0, parallel.replicate(state, mesh)
         saved = {**dataclasses.asdict(cfg), "workdir": workdir}
@@ -120,6 +125,23 @@ def train(cfg: TrainConfig, *, resuming: bool) -> dict[str, Any]:
         "parameters": parts.model.num_params,
         "devices": mesh.size,
     }
+
+
+@contextmanager
+def _held(workdir: str, writer: bool) -> Iterator[None]:
+    """`rundir.hold` by process 0; all raise its UsageError, so that none waits for the others."""
+    from launch.hoststate import from_process_0
+
+    with ExitStack() as stack:
+        refusal = ""
+        if writer:
+            try:
+                stack.enter_context(rundir.hold(workdir))
+            except UsageError as error:
+                refusal = str(error)
+        if refusal := from_process_0(refusal.encode()).decode():
+            raise UsageError(refusal)
+        yield
 
 
 def _begin(

@@ -114,7 +114,10 @@ def _anew(program: Program, cfg: RunConfig, say: Callable[..., None]) -> dict[st
     problem = program.prepare(cfg, say)
     workdir = cfg.workdir or str(rundir.new_folder(program.name))
     saved = {**dataclasses.asdict(cfg), "workdir": workdir}
-    with rundir.RunDir(workdir, saved, program=program.name) as folder:
+    with (
+        rundir.hold(workdir),
+        rundir.RunDir(workdir, saved, program=program.name) as folder,
+    ):
         if program.again:
             folder.truncate(-1)
         result, arrays = program.work(cfg, problem, folder, say)
@@ -142,7 +145,7 @@ def _again(program: Program, cfg: RunConfig, row: dict[str, Any]) -> dict[str, A
         _load(cfg, name, ())  # opened alone: the result is not given without its arrays
     if cfg.figures and not (path / "figures").is_dir():
         saved = dataclasses.asdict(cfg)
-        with rundir.RunDir(path, saved, program=program.name) as folder:
+        with rundir.hold(path), rundir.RunDir(path, saved, program=program.name) as folder:
             _draw(program, folder, {name: _load(cfg, name) for name in files}, lambda *_: None)
     return {"workdir": cfg.workdir, **row}
 

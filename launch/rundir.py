@@ -4,10 +4,12 @@
     metrics.jsonl   one line a report           events.out.*    the same, for TensorBoard
     figures/*.png   *.npz                       checkpoints/    (written by `launch.checkpoints`)
 
-`check` refuses a folder before anything is written; `RunDir` writes, on one process only. Files
-appear whole or not at all, so a run may be killed at any moment.
+`check` refuses a folder before anything is written, `hold` keeps other processes out of it, and
+`RunDir` writes, on one process only. Files appear whole or not at all, so a run may be killed at
+any moment.
 """
 
+import fcntl
 import functools
 import json
 import math
@@ -97,6 +99,30 @@ def _exists(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+@contextmanager
+def hold(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make the folder and keep other processes from writing there; UsageError if one does.
+
+    The hold ends with the process, however that ends. On a file system without locks nobody is
+    kept out.
+    """
+    Path(path).mkdir(parents=True, exist_ok=True)
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"--workdir={path}: another process is writing there; expected its end, or another "
+                "folder"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def check_settings(

@@ -22,7 +22,7 @@ from training_runs import (
     settings,
 )
 
-from launch import modgrok_config, modgrok_setup
+from launch import modgrok_config, modgrok_setup, rundir
 from launch.checkpoints import Checkpoints
 
 # What the program says ---------------------------------------------------------------------------
@@ -174,6 +174,14 @@ def test_bad_workdir(program, tmp_path, make):
     before = sorted(tmp_path.rglob("*"))
     assert_refused(program(*TINY, f"--workdir={workdir}"), f"--workdir={workdir}: ", "expected")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_in_which_another_process_writes_is_refused(program, finished):
+    before = contents(finished)
+    with rundir.hold(finished):
+        answer = program(*TINY, f"--workdir={finished}", "--steps=12")
+    assert_refused(answer, f"--workdir={finished}: another process is writing there")
+    assert contents(finished) == before
 
 
 def test_a_folder_of_other_settings_is_refused(program, finished):

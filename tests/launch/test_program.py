@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from programs import contents, summary
 
-from launch import UsageError, program
+from launch import UsageError, program, rundir
 
 
 def work(cfg, problem, folder, say):
@@ -46,6 +46,17 @@ def test_reports_of_a_run_that_is_taken_up(again, run, tmp_path):
     assert run(counting, figures=False)["before"] == (0 if again else 1)
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == ([1, 2] if again else [1, 2, 3])
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_folder_in_which_another_process_writes_is_refused(again, run, tmp_path):
+    counting, folder = PROGRAM._replace(again=again), tmp_path / "run"
+    run(counting, figures=False)
+    (folder / "metrics.jsonl").write_text("")  # as if it had not ended
+    before = contents(folder)
+    with rundir.hold(folder), pytest.raises(UsageError, match=rf"{folder}: another process"):
+        run(counting, figures=False)
+    assert contents(folder) == before
 
 
 def test_old_figures_go_when_new_ones_are_drawn(run, tmp_path):

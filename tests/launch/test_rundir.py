@@ -1,5 +1,6 @@
 """Tests of launch/rundir.py: what it refuses, and that what it writes is whole and strict JSON."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -145,6 +146,37 @@ def test_a_setting_that_no_flagfile_can_hold_leaves_nothing_behind(tmp_path):
     with pytest.raises(UsageError, match="one line"):
         make(tmp_path / "x", {"note": "two\nlines"})
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_is_held_by_one_process_while_that_lives(tmp_path):
+    program = """
+import sys, time
+from launch import rundir
+with rundir.hold(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    folder = tmp_path / "new" / "run"
+    command = [sys.executable, "-c", program, folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        words = rf"--workdir={folder}: another process is writing"
+        with pytest.raises(UsageError, match=words), rundir.hold(folder):
+            pytest.fail("held twice")
+        other.kill()
+    for _ in range(2):
+        with rundir.hold(folder):
+            pass
+    assert not list(folder.iterdir())
+
+
+def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with rundir.hold(tmp_path), rundir.hold(tmp_path):
+        pass
 
 
 def test_scalars_are_on_disk_at_return_and_strict_json(tmp_path):
