@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from training_runs import LONG, TINY, assert_same_run, final_state, losses, reports
 
+from launch import rundir
+
 
 class Process:
     """The program in a session of its own, its stderr in a file."""
@@ -228,3 +230,14 @@ def test_processes_with_other_settings_are_refused(start_two, tmp_path):
         assert "{" not in out
         assert "--num_processes=2: they were started with different flags" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_in_a_held_folder_are_refused(start_two, tmp_path):
+    folder = tmp_path / "run"
+    with rundir.hold(folder):
+        two = start_two(*TINY, f"--workdir={folder}")
+        for status, out, err in [each.end() for each in two]:
+            assert (status, "{" in out) == (2, False), err
+            assert f"--workdir={folder}: another process is writing there" in err
+    assert not list(folder.iterdir())
