@@ -63,6 +63,9 @@ class InspectConfig(program.SpreadConfig):
         "quick", "repetitions, sequences, shuffles", group="Page"
     )
     controls: tuple[str, ...] = field(CONTROLS, "what else to look at", choices=CONTROLS)
+    interventions: bool = field(
+        True, "silence heads and neurons, and put activations back: most of the work"
+    )
     head: str = field("", "LAYER.HEAD whose components are drawn; empty: the best circle")
     together: tuple[str, ...] = field(
         (), "groups of heads to silence together, such as 2.1+2.2,3.0+3.1+3.2"
@@ -103,6 +106,10 @@ class InspectConfig(program.SpreadConfig):
                     )
         if self.head and not _parse_head(self.head):
             raise ValueError(f"--head={self.head}: expected LAYER.HEAD, such as 1.0, from 0")
+        if self.together and not self.interventions:
+            raise ValueError(
+                f"--together={','.join(self.together)}: expected none with --nointerventions"
+            )
         for group in self.together:
             names = group.split("+")
             if not all(map(_parse_head, names)) or len(set(names)) < len(names):
@@ -337,7 +344,8 @@ def _work(
     mesh = parallel.make_mesh(_sharing(there, size.sequences))
     if mesh.size < there:
         say(f"{mesh.size} of {there} devices, which share {size.sequences} sequences evenly")
-    look = common.Look(problem, size, program.key_for(cfg, 1), cfg.rows, mesh, say)
+    key = program.key_for(cfg, 1)
+    look = common.Look(problem, size, key, cfg.rows, cfg.interventions, mesh, say)
     names = ("network", *cfg.controls)
     say(f"{problem.source} Looking at {', '.join(names)}; compiling first")
     arrays: dict[str, dict[str, np.ndarray]] = {}

@@ -24,9 +24,9 @@ def measure(name: str, look: Look) -> Arrays:
     look.say(f"{name}: attention and features")
     arrays |= inside.attention(what, look, tokens_R4BT[:, UNSEEN])
     arrays |= inside.features(what, look, tokens_R4BT[:, UNSEEN, 0], task_R4B2[:, UNSEEN, 0])
-    if network is not None:
+    if network is not None and look.interventions:
         look.say(f"{name}: interventions")
         arrays |= interventions.intervene(network, look, tokens_R4BT, arrays)
-        if look.problem.open_layers is not None:
-            arrays["open_layer_L"] = np.array(look.problem.open_layers)
+    if network is not None and look.problem.open_layers is not None:
+        arrays["open_layer_L"] = np.array(look.problem.open_layers)
     return {key: np.asarray(value) for key, value in arrays.items()}

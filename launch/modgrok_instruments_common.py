@@ -54,6 +54,7 @@ class Look(NamedTuple):
     size: Size
     key: jax.Array
     rows: int  # sequences in one forward pass
+    interventions: bool  # of networks
     mesh: jax.sharding.Mesh
     say: Callable[..., None]
 

@@ -189,6 +189,20 @@ def test_a_file_with_the_references_names(program, file, tmp_path, suffix):
 
 
 @pytest.mark.slow
+def test_a_page_without_interventions(program, file, tmp_path):
+    flags = (f"--checkpoint={file}", *OF_THE_FILE, "--controls=", "--nointerventions")
+    summary(program(*flags, f"--workdir={tmp_path}/page"))
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert "--interventions=false`" in page
+    assert "ilenced" not in page
+    drawn = {f"figures/{path.name}" for path in (tmp_path / "page" / "figures").iterdir()}
+    assert drawn == set(re.findall(r"\]\((figures/\w+\.png)\)", page))
+    scores = json.loads((tmp_path / "page" / "scores.json").read_text())["network"]
+    assert "attention" in scores
+    assert not {"ablation", "patching", "logit_lens"} & set(scores)
+
+
+@pytest.mark.slow
 def test_devices_change_no_number(program, file, tmp_path):
     """Sequences are spread over eight devices."""
     flags = (f"--checkpoint={file}", *OF_THE_FILE, "--controls=", "--nofigures")
@@ -344,6 +358,10 @@ def test_rounded_gates_of_a_task_in_no_group():
         (("--checkpoint={run}", "--head=first"), "--head=first: expected LAYER.HEAD"),
         (("--checkpoint={run}", "--together=0.0+0.4"), "expected heads 0.0 to 0.3"),
         (("--checkpoint={run}", "--together=0.0+0.0"), "--together=0.0+0.0: expected groups such"),
+        (
+            ("--checkpoint={run}", "--together=0.0+0.1", "--nointerventions"),
+            "--together=0.0+0.1: expected none with --nointerventions",
+        ),
         (("--checkpoint={run}", "--feature_shot=5"), "--feature_shot=5: expected 0 to 4"),
         (("--checkpoint={run}", "--controls=bayes,bayes"), "--controls=bayes,bayes: expected some"),
         (("--checkpoint={file}",), "--p=none: expected a value"),
