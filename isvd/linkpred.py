@@ -1,6 +1,7 @@
-"""Link prediction with the factors of a graph: scores, choice of the rank, fine-tuning.
+"""Link prediction with the factors of a graph: scores, choice of rank and weight, fine-tuning.
 
-Axes: N nodes, E edges, P pairs or positives, Q negatives, K rank, R ranks, S steps.
+Axes: N nodes, E edges, P pairs or positives, Q negatives, K rank, R ranks, W weights, S steps or
+      splits.
 """
 
 import functools
@@ -12,14 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.sparse
+import scipy.sparse.csgraph
 
 from isvd.arguments import check_integer
 from isvd.design import link_operator
 from isvd.factorize import SVD, svd
 from isvd.metrics import roc_auc
 from isvd.readers import adjacency
+from isvd.spmm import sparse
 
 RANKS = (4, 8, 16, 32, 64, 128, 256)
+WEIGHTS = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04)  # of pairs that are no edges
 
 
 # Scores ------------------------------------------------------------------------------------------
@@ -81,7 +85,7 @@ def _checked_pairs(pairs_P2: Any, num_nodes: int | None = None, name: str = "pai
     return pairs_P2
 
 
-# Choice of the rank ------------------------------------------------------------------------------
+# Choice of the rank and the weight ---------------------------------------------------------------
 
 
 class RankChoice(NamedTuple):
@@ -103,6 +107,7 @@ def choose_rank(
     key: jax.Array,
     *,
     ranks: Sequence[int] | None = None,
+    splits: int = 5,
     fraction: float = 0.15,
     negatives_per_edge: int = 5,
     tol: float | None = None,
@@ -110,39 +115,72 @@ def choose_rank(
 ) -> RankChoice:
     """The rank with the best AUC on held-out training edges; ties go to the smaller.
 
-    An edge goes wholly to one side, with its reverse and its repetitions. Held-out edges are
-    compared with random pairs of two nodes that no training edge joins. One decomposition, of the
-    largest rank, serves all: the factors of a lower rank are its first columns.
+    An edge goes wholly to one side, with its reverse and its repetitions. Loops and the edges of a
+    random spanning forest are never held out, so that what is connected stays so: the data sets cut
+    their training and test edges in this way. Held-out edges are compared with random pairs of two
+    nodes that no training edge joins. One decomposition, of the largest rank, serves all: the
+    factors of a lower rank are its first columns.
 
     Args:
         edges_E2: training edges, each in one direction or both.
         ranks: those to try; by default `ranks_for(num_nodes)`.
-        fraction: of the distinct edges that is held out, between 0 and 1.
+        splits: of the edges, over which the AUC is averaged.
+        fraction: of the distinct edges that is held out, between 0 and 1; fewer, where the forest
+            leaves fewer.
         negatives_per_edge: random pairs for each held-out edge.
         tol: of `svd`.   link_options: of `design.link_operator`.
     Raises:
-        ValueError: for nodes or settings outside their range, if almost all pairs are joined, or if
-            no rank has finite scores.
+        ValueError: for nodes or settings outside their range, if almost all pairs are joined, if no
+            edge can be held out, or if no rank has finite scores.
     Differs from the reference's rule, which is `choose_rank_leaky`.
     """
-    edges_E2 = np.asarray(_checked_pairs(edges_E2, num_nodes, "edges_E2"))
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction={fraction}, expected between 0 and 1")
-    check_integer("negatives_per_edge", negatives_per_edge, 1)
     ranks = ranks_for(num_nodes) if ranks is None else ranks
-    key_split, key_negative, key_svd = jax.random.split(key, 3)
-    distinct_E2 = np.unique(np.sort(edges_E2, axis=1), axis=0)
-    num_held = round(fraction * len(distinct_E2))
-    if not 0 < num_held < len(distinct_E2):
-        raise ValueError(
-            f"fraction={fraction} of {len(distinct_E2)} distinct edges leaves one side empty"
-        )
-    order_E = np.asarray(jax.random.permutation(key_split, len(distinct_E2)))
-    held_P2, fit_E2 = distinct_E2[order_E[:num_held]], distinct_E2[order_E[num_held:]]
-    negative_Q2 = _absent_pairs(distinct_E2, num_nodes, negatives_per_edge * num_held, key_negative)
-    graph = adjacency(fit_E2, num_nodes)
-    auc_R = _auc_by_rank(graph, held_P2, negative_Q2, ranks, key_svd, tol, link_options)
-    return _choice(ranks, auc_R, ties=-1)
+    held = edges_E2, num_nodes, key, splits, fraction, negatives_per_edge
+    return _choice(ranks, _heldout_auc(*held, ranks, tol, [link_options])[0], ties=-1)
+
+
+class WeightChoice(NamedTuple):
+    """What held-out edges say: the best weight and rank, and the AUC of each pair, (W, R)."""
+
+    negative_weight: float
+    rank: int
+    weights: tuple[float, ...]
+    ranks: tuple[int, ...]
+    auc_WR: np.ndarray
+
+
+def choose_weight(
+    edges_E2: Any,
+    num_nodes: int,
+    key: jax.Array,
+    *,
+    ranks: Sequence[int],
+    weights: Sequence[float] = WEIGHTS,
+    splits: int = 5,
+    fraction: float = 0.15,
+    negatives_per_edge: int = 5,
+    tol: float | None = None,
+    **link_options: Any,
+) -> WeightChoice:
+    """The weight of pairs that are no edges, and the rank, that are best on held-out edges.
+
+    As `choose_rank`, with the same splits for each weight. Of equals the smaller rank is taken, and
+    then the smaller weight.
+
+    Args:
+        ranks, weights: those to try; one rank if it is given.
+        splits, fraction, negatives_per_edge, tol, link_options: as in `choose_rank`.
+    Raises:
+        ValueError: as `choose_rank`, and for no weights.
+    """
+    if np.ndim(weights) != 1 or not len(weights):
+        raise ValueError(f"weights={weights!r}, expected some")
+    held = edges_E2, num_nodes, key, splits, fraction, negatives_per_edge
+    options = [{**link_options, "negative_weight": weight} for weight in weights]
+    auc_WR = _heldout_auc(*held, ranks, tol, options)
+    best_W = [_choice(ranks, auc_R, ties=-1) for auc_R in auc_WR]
+    top = max(range(len(weights)), key=lambda i: (np.nanmax(auc_WR[i]), -weights[i]))
+    return WeightChoice(float(weights[top]), best_W[top].rank, tuple(weights), tuple(ranks), auc_WR)
 
 
 def choose_rank_leaky(
@@ -180,6 +218,62 @@ def choose_rank_leaky(
     graph = adjacency(arcs_P2[:num_fit], num_nodes)
     auc_R = _auc_by_rank(graph, held_P2, negative_Q2, ranks, key_svd, tol, link_options)
     return _choice(ranks, auc_R, ties=1)
+
+
+def _heldout_auc(
+    edges_E2: Any,
+    num_nodes: int,
+    key: jax.Array,
+    splits: int,
+    fraction: float,
+    negatives_per_edge: int,
+    ranks: Sequence[int],
+    tol: float | None,
+    options_W: Sequence[dict[str, Any]],
+) -> np.ndarray:
+    """auc_WR: means over splits of the AUC by options of `link_operator` and rank."""
+    edges_E2 = np.asarray(_checked_pairs(edges_E2, num_nodes, "edges_E2"))
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction={fraction}, expected between 0 and 1")
+    check_integer("negatives_per_edge", negatives_per_edge, 1)
+    check_integer("splits", splits, 1)
+    distinct_E2 = np.unique(np.sort(edges_E2, axis=1), axis=0)
+    # Splits have their entries elsewhere, and share a compiled program as compressed rows.
+    leaf = functools.partial(sparse, layout="csr")
+    auc_SWR = []
+    for key_S in jax.random.split(key, splits):
+        key_split, key_negative, key_svd = jax.random.split(key_S, 3)
+        held_E = _held_out(distinct_E2, num_nodes, key_split, fraction)
+        count = negatives_per_edge * held_E.sum()
+        negative_Q2 = _absent_pairs(distinct_E2, num_nodes, count, key_negative)
+        parts = adjacency(distinct_E2[~held_E], num_nodes), distinct_E2[held_E], negative_Q2
+        auc_SWR.append(
+            [
+                _auc_by_rank(*parts, ranks, key_svd, tol, {"leaf": leaf, **options})
+                for options in options_W
+            ]
+        )
+    return np.mean(auc_SWR, axis=0)
+
+
+def _held_out(edges_E2: np.ndarray, num_nodes: int, key: jax.Array, fraction: float) -> np.ndarray:
+    """bool_E: a share of the distinct edges, none of them a loop or of a random spanning forest."""
+    key_forest, key_held = jax.random.split(key)
+    # Distinct weights, by which an edge of the forest is known.
+    weight_E = 1.0 + np.asarray(jax.random.permutation(key_forest, len(edges_E2)))
+    graph = scipy.sparse.csr_array((weight_E, tuple(edges_E2.T)), shape=(num_nodes, num_nodes))
+    forest = scipy.sparse.csgraph.minimum_spanning_tree(graph).data
+    free_E = ~np.isin(weight_E, forest) & (edges_E2[:, 0] != edges_E2[:, 1])
+    num_held = min(round(fraction * len(edges_E2)), int(free_E.sum()))
+    if not num_held:
+        raise ValueError(
+            f"fraction={fraction} of {len(edges_E2)} distinct edges holds none out: the others are "
+            "those that keep connected what is connected"
+        )
+    order_F = np.asarray(jax.random.permutation(key_held, np.flatnonzero(free_E)))
+    held_E = np.zeros(len(edges_E2), bool)
+    held_E[order_F[:num_held]] = True
+    return held_E
 
 
 def _auc_by_rank(

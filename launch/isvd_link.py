@@ -56,9 +56,9 @@ class LinkConfig(program.SpreadConfig):
     degree_factor: bool = field(
         True, "multiply walks by E = D^1/2 (of symmetric steps) or D (of rows); no: E = I"
     )
-    negative_weight: float = field(
+    negative_weight: float | None = field(
         0.02,
-        "weight of pairs that are no edges",
+        "weight of pairs that are no edges; none: chosen on held-out train edges",
         min=0,
         max=1e38,  # float32 holds little more
     )
@@ -80,6 +80,8 @@ class LinkConfig(program.SpreadConfig):
             raise ValueError(
                 f"--leaky_rank_choice=true: expected --rank=auto with it, got --rank={self.rank}"
             )
+        if self.leaky_rank_choice and self.negative_weight is None:
+            raise ValueError("--negative_weight=none: expected a number with --leaky_rank_choice")
         if self.test_fraction in (0, 1):
             raise ValueError(
                 f"--test_fraction={self.test_fraction:g}: expected between 0 and 1, both excluded"
@@ -87,10 +89,9 @@ class LinkConfig(program.SpreadConfig):
 
     @property
     def design(self) -> dict[str, Any]:
-        """Of `isvd.design.link_operator`."""
+        """Of `isvd.design.link_operator`, without the weight."""
         return {
             "window": self.window,
-            "negative_weight": self.negative_weight,
             "symmetric": self.normalization == "symmetric",
             "degree_factor": self.degree_factor,
         }
@@ -100,7 +101,8 @@ class _Problem(NamedTuple):
     split: Any
     names: np.ndarray | None
     rank: int
-    choice: Any  # isvd.linkpred.RankChoice, or None
+    negative_weight: float
+    heldout: dict[str, dict[str, float]]  # as `_choose` has it
 
 
 def _inputs(cfg: LinkConfig) -> list[Path]:
@@ -112,14 +114,11 @@ def _prepare(cfg: LinkConfig, say: Callable[..., None]) -> _Problem:
     split, names, told = _read(cfg)
     num_train, num_test, num_nodes = len(split.train_E2), len(split.test_E2), split.num_nodes
     say(f"{cfg.graph}: {num_nodes} nodes, {num_train} edges to learn, {num_test} to test{told}")
-    if cfg.rank == "auto":
-        choice = _choose_rank(cfg, split, say)
-        return _Problem(split, names, choice.rank, choice)
-    if int(cfg.rank) > num_nodes:
+    if cfg.rank != "auto" and int(cfg.rank) > num_nodes:
         raise UsageError(
             f"--rank={cfg.rank}: expected 1 to {num_nodes}, the nodes of the graph, or auto"
         )
-    return _Problem(split, names, int(cfg.rank), None)
+    return _Problem(split, names, *_choose(cfg, split, say))
 
 
 def _read(cfg: LinkConfig) -> tuple[Any, np.ndarray | None, str]:
@@ -158,24 +157,46 @@ def _read(cfg: LinkConfig) -> tuple[Any, np.ndarray | None, str]:
     return split, None, isvd_common.counted(("repeated edges, added up", num_repeated), loops)
 
 
-def _choose_rank(cfg: LinkConfig, split: Any, say: Callable[..., None]) -> Any:
+def _choose(
+    cfg: LinkConfig, split: Any, say: Callable[..., None]
+) -> tuple[int, float, dict[str, dict[str, float]]]:
+    """(rank, weight, AUC on held-out train edges of what was to choose from, by its name)."""
     from isvd import linkpred
 
-    choose = linkpred.choose_rank_leaky if cfg.leaky_rank_choice else linkpred.choose_rank
-    ranks = linkpred.ranks_for(split.num_nodes)
-    say(f"choosing the rank among {', '.join(map(str, ranks))} on held-out train edges")
-    key = program.key_for(cfg, 0)
+    if cfg.rank != "auto" and cfg.negative_weight is not None:
+        return int(cfg.rank), cfg.negative_weight, {}
+    ranks = linkpred.ranks_for(split.num_nodes) if cfg.rank == "auto" else (int(cfg.rank),)
+    weights = linkpred.WEIGHTS if cfg.negative_weight is None else (cfg.negative_weight,)
+    of = {"rank": ranks} if cfg.rank == "auto" else {}
+    of |= {"weight": weights} if cfg.negative_weight is None else {}
+    for name, values in of.items():
+        say(f"choosing the {name} among {', '.join(map(str, values))} on held-out train edges")
+    arguments = (split.train_E2, split.num_nodes, program.key_for(cfg, 0))
     options = {"ranks": ranks, "tol": cfg.tol, **cfg.design}
     try:
-        choice = choose(split.train_E2, split.num_nodes, key, **options)
+        if "weight" in of:
+            choice = linkpred.choose_weight(*arguments, weights=weights, **options)
+            weight, auc_WR = choice.negative_weight, choice.auc_WR
+        else:
+            choose = linkpred.choose_rank_leaky if cfg.leaky_rank_choice else linkpred.choose_rank
+            choice = choose(*arguments, negative_weight=weights[0], **options)
+            weight, auc_WR = weights[0], choice.auc_R[None]
     except ValueError as error:
+        flags = {"rank": "--rank=auto", "weight": "--negative_weight=none"}
         raise UsageError(
-            f"--rank=auto: cannot be chosen on --graph={cfg.graph}: {error}; expected a larger or "
-            "sparser graph, or a number"
+            f"{' '.join(flags[name] for name in of)}: cannot be chosen on --graph={cfg.graph}: "
+            f"{error}; expected a larger or sparser graph, or a number"
         ) from error
-    told = ", ".join(f"{rank}: {auc:.4f}" for rank, auc in zip(ranks, choice.auc_R, strict=True))
-    say(f"rank {choice.rank} (AUC on held-out train edges by rank: {told})")
-    return choice
+    auc = {"rank": auc_WR[weights.index(weight)], "weight": auc_WR[:, ranks.index(choice.rank)]}
+    found = {
+        name: {str(value): float(x) for value, x in zip(of[name], auc[name], strict=True)}
+        for name in of
+    }
+    for name, chosen in {"rank": choice.rank, "weight": weight}.items():
+        if name in of:
+            told = ", ".join(f"{value}: {x:.4f}" for value, x in found[name].items())
+            say(f"{name} {chosen} (AUC on held-out train edges by {name}: {told})")
+    return choice.rank, weight, found
 
 
 def _work(
@@ -187,7 +208,12 @@ def _work(
     split, rank = problem.split, problem.rank
     graph = readers.adjacency(split.train_E2, split.num_nodes)
     make, devices = isvd_common.spread(cfg)
-    op = design.link_operator(graph, leaf=make or isvd.sparse, **cfg.design)
+    op = design.link_operator(
+        graph,
+        leaf=make or isvd.sparse,
+        negative_weight=problem.negative_weight,
+        **cfg.design,
+    )
     keys = [program.key_for(cfg, 1 + start) for start in range(cfg.seeds)]
     say(f"compiling, then {cfg.seeds} x rank {rank}")
     report, _ = isvd_common.pass_reporter(say)
@@ -230,7 +256,7 @@ def _result(
     say: Callable[..., None],
 ) -> dict[str, Any]:
     column = {name: [row[name] for row in rows] for name in rows[0]}
-    choice = problem.choice
+    heldout, how = problem.heldout, "leaky" if cfg.leaky_rank_choice else "honest"
     result = {
         "products": max(column["products"]),
         "auc": float(np.mean(column["auc"])),
@@ -242,10 +268,10 @@ def _result(
         "seconds_factorize": float(np.mean(column["seconds_factorize"])),
         "compile_seconds": compile_seconds,
         "seeds": len(rows),
-        "rank_choice": None if choice is None else ("leaky" if cfg.leaky_rank_choice else "honest"),
-        "heldout_auc_by_rank": {}
-        if choice is None
-        else {str(k): float(auc) for k, auc in zip(choice.ranks, choice.auc_R, strict=True)},
+        "rank_choice": how if "rank" in heldout else None,
+        "heldout_auc_by_rank": heldout.get("rank", {}),
+        "negative_weight": problem.negative_weight,
+        "heldout_auc_by_weight": heldout.get("weight", {}),
         "num_nodes": problem.split.num_nodes,
         "train_edges": len(problem.split.train_E2),
         "test_edges": len(problem.split.test_E2),
@@ -314,7 +340,8 @@ def _status(cfg: LinkConfig, result: dict[str, Any]) -> int:
         return 0
     # A finished run that is told again has null for what is no number.
     if result["auc"] is None or np.isnan(result["auc"]):
-        told = f"--negative_weight={cfg.negative_weight:g}: scores overflow; expected a smaller one"
+        weight = result["negative_weight"]
+        told = f"--negative_weight={weight:g}: scores overflow; expected a smaller one"
     else:
         tol = "the default" if cfg.tol is None else f"{cfg.tol:g}"
         told = (

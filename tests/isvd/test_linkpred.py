@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.sparse.csgraph
 import scipy.stats
 
 from isvd import linkpred
@@ -121,6 +122,61 @@ def test_negatives_join_no_edge_of_either_side(monkeypatch):
     assert len(negative) == 3 * len(seen["positive"])
     assert (negative[:, 0] < negative[:, 1]).all()
     assert not known[negative[:, 0], negative[:, 1]].any()
+
+
+@pytest.mark.parametrize("fraction", [0.15, 0.9])
+def test_what_is_connected_stays_connected(monkeypatch, fraction):
+    """Two rings with chords, a path between two nodes of its own, and loops, which are all kept."""
+    ring = np.stack([np.arange(20), (np.arange(20) + 1) % 20], axis=1)
+    chords = np.stack([np.arange(20), (np.arange(20) + 5) % 20], axis=1)
+    path, loops = np.array([[40, 41], [41, 42]]), np.array([[3, 3], [41, 41]])
+    edges = np.concatenate([ring, chords, ring + 20, chords + 20, path, loops])
+    held = set()
+    for seed in range(5):
+        call = functools.partial(
+            linkpred.choose_rank, edges, 43, jax.random.key(seed), ranks=(2,), fraction=fraction
+        )
+        _, seen = recorded_split(monkeypatch, call)
+        graph, positive = seen["graph"], seen["positive"]
+        assert scipy.sparse.csgraph.connected_components(graph)[0] == 3
+        # A forest of 43 nodes in 3 parts has 40 edges; 42 of 84 are neither of it nor loops.
+        assert len(positive) == min(round(fraction * 84), 42)
+        held |= set(map(tuple, positive))
+    assert not held & {(3, 3), (41, 41), (40, 41), (41, 42)}
+    assert len(held) > (30 if fraction < 0.5 else 60)  # other ones with each key
+
+
+def test_the_choice_is_that_of_the_mean_over_splits(monkeypatch):
+    seen = []
+
+    def auc_by_rank(graph, positive_P2, negative_Q2, ranks, *rest):
+        seen.append({tuple(pair) for pair in positive_P2.tolist()})
+        return np.array([[0.5, 0.9], [0.8, 0.4], [0.8, 0.4]][len(seen) - 1])
+
+    monkeypatch.setattr(linkpred, "_auc_by_rank", auc_by_rank)
+    choice = linkpred.choose_rank(EDGES, 60, KEY, ranks=(2, 4), splits=3)
+    np.testing.assert_allclose(choice.auc_R, [0.7, 1.7 / 3])
+    assert choice.rank == 2
+    assert len(set(map(frozenset, seen))) == 3
+
+
+def test_a_weight_is_chosen_as_a_rank_is():
+    """Each weight has the splits, and so the numbers, of the choice of a rank with it."""
+    options = {"ranks": (2, 6), "splits": 2, "window": 2}
+    weights = (0.0, 0.05, 5.0)
+    choice = linkpred.choose_weight(EDGES, 60, KEY, weights=weights, **options)
+    for weight, auc_R in zip(weights, choice.auc_WR, strict=True):
+        alone = linkpred.choose_rank(EDGES, 60, KEY, negative_weight=weight, **options)
+        np.testing.assert_array_equal(auc_R, alone.auc_R)
+    w, r = np.unravel_index(choice.auc_WR.argmax(), (3, 2))
+    assert (choice.negative_weight, choice.rank) == (weights[w], (2, 6)[r])
+    assert (choice.weights, choice.ranks) == (weights, (2, 6))
+
+
+def test_of_equal_weights_the_smaller_is_chosen(monkeypatch):
+    monkeypatch.setattr(linkpred, "_auc_by_rank", lambda *given: np.array([0.4, 0.7, 0.7]))
+    choice = linkpred.choose_weight(EDGES, 60, KEY, ranks=(8, 4, 2), weights=(0.2, 0.1), splits=1)
+    assert (choice.negative_weight, choice.rank) == (0.1, 2)
 
 
 def test_the_leaky_split_leaks(monkeypatch):
@@ -329,7 +385,19 @@ WRONG = {
     "types": (lambda: linkpred.scores(F, np.zeros((2, 2))), "dtype float64, expected integers"),
     "node": (lambda: linkpred.choose_rank(EDGES, 50, KEY), "edges_E2 has node .*0 to 49"),
     "fraction": (lambda: linkpred.choose_rank(EDGES, 60, KEY, fraction=1.0), "fraction=1.0"),
-    "few edges": (lambda: linkpred.choose_rank(EDGES[:2], 60, KEY), "one side empty"),
+    "few edges": (lambda: linkpred.choose_rank(EDGES[:2], 60, KEY), "holds none out"),
+    "a tree": (
+        lambda: linkpred.choose_rank(np.array([[0, 1], [0, 2], [2, 3], [3, 3]]), 4, KEY),
+        "fraction=0.15 of 4 distinct edges holds none out: the others are those that keep conn",
+    ),
+    "no splits": (
+        lambda: linkpred.choose_rank(EDGES, 60, KEY, splits=0),
+        "splits=0, expected at least 1",
+    ),
+    "no weights": (
+        lambda: linkpred.choose_weight(EDGES, 60, KEY, ranks=(4,), weights=()),
+        r"weights=\(\), expected some",
+    ),
     "no ranks": (
         lambda: linkpred.choose_rank(EDGES, 60, KEY, ranks=()),
         r"ranks=\(\), expected some",

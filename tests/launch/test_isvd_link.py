@@ -211,6 +211,32 @@ def test_the_rank_is_chosen_on_held_out_edges(leaky, folder, tmp_path, program, 
     assert f"rank {choice.rank} (AUC on held-out train edges by rank: 4: " in answer[2]
 
 
+@pytest.mark.parametrize("rank", ["4", "auto"])
+def test_the_weight_is_chosen_on_held_out_edges(rank, folder, tmp_path, program, monkeypatch):
+    monkeypatch.setattr(linkpred, "RANKS", (4, 16))
+    monkeypatch.setattr(linkpred, "WEIGHTS", (0.01, 0.5))
+    flags = (f"--graph={folder}", f"--rank={rank}", "--nofigures", f"--workdir={tmp_path / 'run'}")
+    answer = program(*flags, "--negative_weight=none")
+    said = summary(answer)
+    split = readers.read_asymproj(folder)
+    ranks = (4, 16) if rank == "auto" else (4,)
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    choice = linkpred.choose_weight(
+        split.train_E2, NUM_NODES, key, ranks=ranks, weights=(0.01, 0.5)
+    )
+    assert (said["rank"], said["negative_weight"]) == (choice.rank, choice.negative_weight)
+    assert said["rank_choice"] == ("honest" if rank == "auto" else None)
+    column_W = choice.auc_WR[:, ranks.index(choice.rank)]
+    assert said["heldout_auc_by_weight"] == pytest.approx(
+        dict(zip(("0.01", "0.5"), column_W, strict=True)), abs=1e-6
+    )
+    assert list(said["heldout_auc_by_rank"]) == (["4", "16"] if rank == "auto" else [])
+    assert f"weight {choice.negative_weight} (AUC on held-out train edges by weight:" in answer[2]
+    alone = ("--rank=" + str(choice.rank), f"--negative_weight={choice.negative_weight}")
+    fixed = program(flags[0], *alone, "--nofigures", f"--workdir={tmp_path / 'fixed'}")
+    assert summary(fixed)["auc"] == said["auc"]
+
+
 def test_the_curve_encloses_the_auc():
     rng = np.random.default_rng(0)
     positive_P, negative_Q = rng.integers(2, 9, 50) / 4, rng.integers(0, 7, 80) / 4  # with ties
@@ -269,6 +295,10 @@ def test_no_rank_is_chosen_by_scores_that_are_no_numbers(folder, tmp_path, progr
         (("--rank=-4",), "--rank=-4: expected a whole number from 1, or auto"),
         (("--rank=Auto",), "--rank=Auto: expected a whole number from 1, or auto"),
         (("--leaky_rank_choice",), "--leaky_rank_choice=true: expected --rank=auto with it"),
+        (
+            ("--leaky_rank_choice", "--rank=auto", "--negative_weight=none"),
+            "--negative_weight=none: expected a number with --leaky_rank_choice",
+        ),
         (("--devices=9",), "--devices=9: there are 8 cpu devices; expected 1 to 8, or 0 for all"),
         (("--window=0",), "--window=0: expected an integer at least 1"),
         (("--window=100000000000",), "expected an integer at least 1 and at most 1000000"),
@@ -308,6 +338,11 @@ def test_damaged_and_missing_files_of_a_folder(folder, tmp_path, program):
         ("0 1\n", (), "--test_fraction=0.15: 1 distinct edges without loops, expected at least 2"),
         ("0 1\n1 2\n2 0\n", (), "only 0 of 3 pairs have no edge, expected as many at least"),
         ("0 1\n1 2\n2 3\n", ("--rank=auto",), "--rank=auto: cannot be chosen on --graph="),
+        (
+            "0 1\n1 2\n2 3\n",
+            ("--rank=1", "--negative_weight=none"),
+            "--negative_weight=none: cannot be chosen on --graph=",
+        ),
         ("0 1\n1\n", (), ", line 2: 1 column, expected 2"),
         ("0, 1\n", (), "expected white space alone; name it .csv, with commas between columns"),
         ("ann bo\nbo cy\n", (), "may be a header or an edge; give --header=true or --header=false"),
