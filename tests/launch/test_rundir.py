@@ -171,12 +171,15 @@ with rundir.hold(sys.argv[1]):
 
 
 def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
-    def flock(*_):
+    asked = []
+
+    def flock(folder, how):
+        asked.append(os.fstat(folder).st_ino)
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", flock)
     with rundir.hold(tmp_path), rundir.hold(tmp_path):
-        pass
+        assert asked == 2 * [tmp_path.stat().st_ino]
 
 
 def test_scalars_are_on_disk_at_return_and_strict_json(tmp_path):
