@@ -1,8 +1,8 @@
 """Products with sparse matrices as gathers of rows of equal length (sliced ELLPACK).
 
 The entries of a row are cut into pieces of at most 16, pieces are filled up to 1, 4 or 16 entries,
-and all pieces of a length are multiplied at once: rows of x are gathered, scaled and added. A row
-of several pieces is then the sum of them: a matrix of ones, in the same form.
+and all pieces of a length are multiplied at once: rows of x are gathered, scaled and added. Rows of
+several pieces are then the sums of those: a matrix of ones, in the same form.
 
 Axes: M rows, N columns, C columns of a block, E stored entries, P pieces, L pieces of one length.
 """
@@ -24,13 +24,22 @@ def product(values_E: Any, columns_E: np.ndarray, start: np.ndarray) -> Partial:
 
     `values_E` may be traced, the pattern may not.
     """
-    levels = []
+    levels, done = [], 0
+    place_M = np.empty(len(start) - 1, np.int64)
+    row_R = np.arange(len(place_M))  # the rows that are not yet one piece
     while True:
-        level, place_P, start = _level(values_E, columns_E, start)
+        level, place_P, next_start = _level(values_E, columns_E, start)
         levels.append(level)
-        if len(place_P) == len(start) - 1:  # a piece for each row
-            return Partial(_apply, tuple(levels), jnp.asarray(place_P, jnp.int32))
-        values_E, columns_E = jnp.ones(len(place_P), values_E.dtype), place_P
+        pieces_R = np.diff(next_start)
+        whole_R = pieces_R == 1
+        place_M[row_R[whole_R]] = done + place_P[next_start[:-1][whole_R]]
+        if whole_R.all():
+            return Partial(_apply, tuple(levels), jnp.asarray(place_M, jnp.int32))
+        done += len(place_P)
+        row_R = row_R[~whole_R]
+        columns_E = place_P[np.repeat(~whole_R, pieces_R)]
+        values_E = jnp.ones(len(columns_E), values_E.dtype)
+        start = np.concatenate([[0], np.cumsum(pieces_R[~whole_R])])
 
 
 def _level(
@@ -63,9 +72,16 @@ def _level(
 
 def _apply(levels: tuple[Level, ...], place_M: jax.Array, x_NC: jax.Array) -> jax.Array:
     x_NC = jnp.asarray(x_NC, jnp.result_type(levels[0][0][0], x_NC))
+    found = []
     for level in levels:
-        x_NC = jnp.concatenate([_gather_sum(*part, x_NC) for part in level])
-    return _rows(x_NC, place_M)
+        x_NC = _whole([_gather_sum(*part, x_NC) for part in level])
+        found.append(x_NC)
+    return _rows(_whole(found), place_M)
+
+
+def _whole(parts: list[jax.Array]) -> jax.Array:
+    """Side by side in memory: XLA would work out each row again wherever it is read."""
+    return jax.lax.optimization_barrier(jnp.concatenate(parts))
 
 
 def _gather_sum(values_LK: jax.Array, columns_LK: jax.Array, x_NC: jax.Array) -> jax.Array:

@@ -162,7 +162,7 @@ def _cycle(plan: Plan, op: LinearOperator, c: _Cycle) -> _Cycle:
 
     b_WX = jnp.eye(width, width + block, dtype=op.dtype) * c.s_W[:, None]
     b_WX = _put(b_WX, c.tail_BW.conj().T, 0, c.filled)
-    known_MB = matmul(c.u_WM.T, c.tail_BW.conj().T)
+    known_MB = matmul(c.u_WM[:kept].T, c.tail_BW[:, :kept].conj().T)  # the others are zero
     basis = _Basis(c.u_WM, c.v_WN, b_WX, c.next_NB, known_MB, c.size)
     unknown = jax.tree.map(
         lambda x: jnp.full_like(b_WX, jnp.inf, shape=x.shape, dtype=x.dtype),
@@ -273,7 +273,7 @@ def _noise(c: _Cycle, rows: int, shift: jax.Array) -> Callable[[], jax.Array]:
 
 
 # Share of the largest value above which a left block needs no reorthogonalisation.
-_LARGE = 0.03
+_LARGE = 0.005
 
 
 def _next_left(

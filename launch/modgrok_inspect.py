@@ -8,9 +8,10 @@ through the same instruments. stdout ends with one line of JSON.
 """
 
 import dataclasses
+import functools
 import json
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ ENDINGS = (".safetensors", ".npz", ".pt", ".pth")
 OF_THE_RUN = ("p", "shots", "heads", "num_tasks", "task_rule", "num_unseen", "input_fraction")
 OF_THE_RUN += ("exclude_zero", "reference_sampling", "extra_tokens")
 NEEDED = ("p", "shots", "num_tasks", "input_fraction")
+INPUT = "input"  # of an array: the digest of the files that were looked at
 _REFERENCE_EXTRA = 18  # unused entries of the vocabulary of the paper's code
 
 
@@ -349,8 +351,11 @@ def _work(
     names = ("network", *cfg.controls)
     say(f"{problem.source} Looking at {', '.join(names)}; compiling first")
     arrays: dict[str, dict[str, np.ndarray]] = {}
+    digest = program.digest(_files(cfg))
     for name in names:
-        arrays[name] = modgrok_instruments.measure(name, look)
+        kept = _kept(folder, name, digest)
+        keep = functools.partial(_keep, folder, name)
+        arrays[name] = modgrok_instruments.measure(name, look, kept, keep)
     own = arrays["network"]
     circle_LH = own["circle_log_RLHC"][..., :2].mean((0, -1))
     best = np.unravel_index(circle_LH.argmax(), circle_LH.shape)
@@ -375,6 +380,20 @@ def _work(
     folder.save_text("report.md", pages.page(scores, about))
     heads = {name: scoring.headline(score) for name, score in scores.items()}
     return {"report": "report.md", "scores": heads.pop("network"), "controls": heads}, arrays
+
+
+def _keep(folder: rundir.RunDir, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+    folder.save_arrays(name, **arrays)
+
+
+def _kept(folder: rundir.RunDir, name: str, digest: str) -> dict[str, np.ndarray]:
+    """What a run that was killed has measured of the same checkpoint."""
+    try:
+        arrays = rundir.read_arrays(folder.path / f"{name}.npz")
+    except rundir.Unreadable:
+        arrays = {}
+    same = str(arrays.get(INPUT)) == digest
+    return arrays if same else {INPUT: np.array(digest)}
 
 
 def _command(cfg: InspectConfig) -> str:

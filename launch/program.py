@@ -126,8 +126,8 @@ def _anew(program: Program, cfg: RunConfig, say: Callable[..., None]) -> dict[st
         if cfg.figures:
             _draw(program, folder, arrays, say)
         steps = 1 + max((row["step"] for row in folder.history()), default=-1)
-        digest = _digest(program.inputs(cfg))
-        folder.scalars(steps, {**result, "files": list(arrays), "input": digest, "finished": True})
+        last = {"files": list(arrays), "input": digest(program.inputs(cfg)), "finished": True}
+        folder.scalars(steps, {**result, **last})
     say(f"files and figures: {workdir}")
     return {"workdir": workdir, **result}
 
@@ -135,7 +135,7 @@ def _anew(program: Program, cfg: RunConfig, say: Callable[..., None]) -> dict[st
 def _again(program: Program, cfg: RunConfig, row: dict[str, Any]) -> dict[str, Any]:
     """The result of a finished run; figures are drawn if they were not."""
     path = Path(cfg.workdir)
-    if row.pop("input", None) != _digest(program.inputs(cfg)):
+    if row.pop("input", None) != digest(program.inputs(cfg)):
         raise UsageError(
             f"--workdir={cfg.workdir}: holds a run whose input files have changed since, or are "
             "gone; expected the same files, or another folder"
@@ -192,7 +192,8 @@ def merged(
     return folders
 
 
-def _digest(paths: Iterable[Path]) -> str:
+def digest(paths: Iterable[Path]) -> str:
+    """Of the content of files; one that cannot be read counts as such."""
     sha = hashlib.sha256()
     for path in paths:
         try:

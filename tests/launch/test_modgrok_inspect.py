@@ -25,6 +25,7 @@ from launch import (
 )
 from launch import modgrok_inspect_scores as scoring
 from launch import modgrok_instruments_common as instruments
+from launch import modgrok_instruments_interventions as instruments_interventions
 from launch import modgrok_instruments_outside as outside
 from launch.checkpoints import Checkpoints
 from modgrok import fourier, interop
@@ -203,6 +204,42 @@ def test_a_page_without_interventions(program, file, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_page_goes_on_after_the_stages_that_are_done(program, file, tmp_path, monkeypatch):
+    """And begins again where the checkpoint is another one since."""
+    model = tmp_path / "model.npz"
+    model.write_bytes(file.read_bytes())
+    flags = (f"--checkpoint={model}", *OF_THE_FILE, "--controls=bayes", "--nofigures")
+    call = functools.partial(program, *flags, f"--workdir={tmp_path}/page")
+    asked = []
+
+    def told(what, look, tokens_R4BT, behaviour=outside.behaviour):
+        asked.append(what)
+        return behaviour(what, look, tokens_R4BT)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(outside, "behaviour", told)
+    with monkeypatch.context() as patch:
+        patch.setattr(instruments_interventions, "intervene", killed)
+        assert call()[0] == 130
+        assert len(asked) == 1
+        assert call()[0] == 130
+        assert len(asked) == 1
+        assert not (tmp_path / "page" / "scores.json").exists()
+        cfg = Config(vocab=5, width=16, heads=2, layers=2, mlp_ratio=2)
+        interop.save_reference(model, init_params(jax.random.key(1), cfg), cfg)
+        assert call()[0] == 130
+        assert len(asked) == 2
+    summary(call())
+    assert len(asked) == 3  # of Bayes
+    at_once = tmp_path / "at_once"
+    summary(program(*flags, f"--workdir={at_once}"))
+    text = (at_once / "scores.json").read_text()
+    assert (tmp_path / "page" / "scores.json").read_text() == text
+
+
+@pytest.mark.slow
 def test_devices_change_no_number(program, file, tmp_path):
     """Sequences are spread over eight devices."""
     flags = (f"--checkpoint={file}", *OF_THE_FILE, "--controls=", "--nofigures")
@@ -253,9 +290,10 @@ def test_closed_blocks_have_no_part_in_the_page(program, gated, tmp_path, monkey
     assert summary(program(*flags))["scores"] == {**said["scores"], "most_needed_head": "0.0"}
     arrays = dict(np.load(tmp_path / "page" / "network.npz"))
     wanted = dict(np.load(tmp_path / "plain" / "network.npz"))
-    own = {"drawn_head", "open_layer_L", *(x for x in arrays if x.startswith("posterior"))}
-    assert arrays.keys() - wanted.keys() == own - {"drawn_head"}
-    for name in arrays.keys() - own:
+    differ = {"drawn_head", "input"}
+    own = {"open_layer_L", *(x for x in arrays if x.startswith("posterior"))}
+    assert arrays.keys() - wanted.keys() == own
+    for name in arrays.keys() - own - differ:
         np.testing.assert_array_equal(arrays[name], wanted[name], err_msg=name)
     np.testing.assert_array_equal(arrays["drawn_head"], wanted["drawn_head"] + [1, 0])
 
