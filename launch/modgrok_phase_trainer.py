@@ -150,8 +150,9 @@ class Trainer:
 
     def _greet(self, plan: phase.Plan, cells: list[Cell], start: int) -> None:
         mesh = self._mesh
+        runs = "1 run" if len(cells) == 1 else f"{len(cells)} runs"
         self._say(
-            f"{len(cells)} runs of depth {cells[0].layers} ({plan.cfg.num_params:,} parameters "
+            f"{runs} of depth {cells[0].layers} ({plan.cfg.num_params:,} parameters "
             f"each) on {mesh.size} x {mesh.devices.flat[0].platform}; "
             + (f"resuming at step {start}" if start else "compiling first")
         )
