@@ -1,6 +1,6 @@
 """The leading singular triplets of an operator, by its products with blocks of columns.
 
-`svd` is block Golub-Kahan bidiagonalisation with full reorthogonalisation and thick restarts
+`svd` is block Golub-Kahan bidiagonalisation with reorthogonalisation and thick restarts
 (Golub and Kahan 1965; Baglama and Reichel, SISC 27, 2005), or the randomised subspace iteration of
 Halko, Martinsson and Tropp (SIAM Review 53, 2011) as the iSVD paper uses it. Both say how good each
 triplet is, and both can be differentiated.

@@ -1,6 +1,7 @@
-"""Block Golub-Kahan bidiagonalisation with full reorthogonalisation and thick restarts.
+"""Block Golub-Kahan bidiagonalisation with reorthogonalisation and thick restarts.
 
-Sources: Golub and Kahan (1965); Baglama and Reichel, SISC 27 (2005).
+Sources: Golub and Kahan (1965); Baglama and Reichel, SISC 27 (2005). Right blocks are made
+orthogonal to all of their basis, left ones where the recurrence alone would not do (`_next_left`).
 
 Axes: M rows, N columns, K rank, B block, L kept triplets, W width of the basis, X = W + B.
 """

@@ -23,6 +23,7 @@ SPECTRA = {
     "fast decay": 0.8 ** np.arange(N),
     "slow decay": 1 / np.sqrt(1 + np.arange(N)),
     "flat": 1 + np.linspace(1, 0, N),
+    "flat below one": np.r_[1, np.linspace(0.015, 0.01, N - 1)],  # small left blocks in every step
     "a cluster": np.r_[5 - 1e-9 * np.arange(12), np.linspace(4, 0.1, N - 12)],
     "20 copies": np.r_[np.full(20, 5.0), np.linspace(4, 0.1, N - 20)],
     "3 copies below 2": np.r_[9, 8, np.full(3, 5.0), np.linspace(4, 0.1, N - 5)],
