@@ -80,7 +80,7 @@ def _apply(levels: tuple[Level, ...], place_M: jax.Array, x_NC: jax.Array) -> ja
 
 
 def _whole(parts: list[jax.Array]) -> jax.Array:
-    """Side by side in memory: XLA would work out each row again wherever it is read."""
+    """As one array in memory: XLA would work out each row again wherever it is read."""
     return jax.lax.optimization_barrier(jnp.concatenate(parts))
 
 

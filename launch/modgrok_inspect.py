@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -353,8 +353,7 @@ def _work(
     arrays: dict[str, dict[str, np.ndarray]] = {}
     digest = program.digest(_files(cfg))
     for name in names:
-        kept = _kept(folder, name, digest)
-        keep = functools.partial(_keep, folder, name)
+        kept, keep = _kept(folder, name, digest), functools.partial(folder.save_arrays, name)
         arrays[name] = modgrok_instruments.measure(name, look, kept, keep)
     own = arrays["network"]
     circle_LH = own["circle_log_RLHC"][..., :2].mean((0, -1))
@@ -380,10 +379,6 @@ def _work(
     folder.save_text("report.md", pages.page(scores, about))
     heads = {name: scoring.headline(score) for name, score in scores.items()}
     return {"report": "report.md", "scores": heads.pop("network"), "controls": heads}, arrays
-
-
-def _keep(folder: rundir.RunDir, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-    folder.save_arrays(name, **arrays)
 
 
 def _kept(folder: rundir.RunDir, name: str, digest: str) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from launch.modgrok_instruments_common import UNSEEN, Arrays, Look, sample_token
 STAGES = "stages"  # of an array: how many of the stages are done
 
 
-def measure(name: str, look: Look, kept: Arrays, keep: Callable[[Arrays], None]) -> Arrays:
+def measure(name: str, look: Look, kept: Arrays, keep: Callable[..., None]) -> Arrays:
     """Everything about one subject; what needs weights only if it has any.
 
     After each stage `keep` gets the arrays so far; the next call goes on from those as `kept`.
@@ -48,7 +48,7 @@ def measure(name: str, look: Look, kept: Arrays, keep: Callable[[Arrays], None])
         look.say(f"{name}: {words}")
         arrays |= {key: np.asarray(value) for key, value in stage(arrays).items()}
         arrays[STAGES] = np.array(number + 1)
-        keep(arrays)
+        keep(**arrays)
     if network is not None and look.problem.open_layers is not None:
         arrays["open_layer_L"] = np.array(look.problem.open_layers)
     return arrays
