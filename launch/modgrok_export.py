@@ -19,7 +19,7 @@ from launch import UsageError, flags, modgrok_config, rundir
 from launch.flags import field
 
 PROGRAM = "modgrok_export"
-_ENDINGS = (".safetensors", ".npz", ".pt", ".pth")
+ENDINGS = (".safetensors", ".npz", ".pt", ".pth")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,8 @@ class ExportConfig:
             if os.path.exists(there) and not (there.is_dir() and not any(there.iterdir())):
                 raise ValueError(f"--output={self.output}: expected a new or empty folder")
             return
-        if Path(self.output).suffix not in _ENDINGS:
-            raise ValueError(f"--output={self.output}: expected one of {', '.join(_ENDINGS)}")
+        if Path(self.output).suffix not in ENDINGS:
+            raise ValueError(f"--output={self.output}: expected one of {', '.join(ENDINGS)}")
         if os.path.exists(self.output) and not self.overwrite:
             raise ValueError(f"--output={self.output}: exists; --overwrite replaces it")
         if self.group == "union" and os.path.exists(_mask(self.output)) and not self.overwrite:
@@ -114,6 +114,10 @@ def _select(cfg: ExportConfig, run: modgrok_config.TrainConfig) -> _Selected:
     if latent is None:
         if cfg.prune:
             raise UsageError(f"--prune: the run in {cfg.workdir} has no gates (--latent_depth)")
+        if cfg.group != "shared":
+            raise UsageError(
+                f"--group={cfg.group}: the run in {cfg.workdir} has no gates (--latent_depth)"
+            )
         return _Selected(restored.step, restored.meta, model, state, key, None, None)
 
     logits_GL = np.asarray(state.tested["gates"]["logits_GL"])

@@ -24,7 +24,6 @@ from launch.modgrok_config import TrainConfig
 PROGRAM = "modgrok_inspect"
 PRESETS: dict[str, dict[str, object]] = {"quick": {}, "full": {"size": "full"}}
 CONTROLS = ("random", "ratio_matching", "bayes")
-ENDINGS = (".safetensors", ".npz", ".pt", ".pth")
 # Of the run: read from a work directory, and to be given for a file.
 OF_THE_RUN = ("p", "shots", "heads", "num_tasks", "task_rule", "num_unseen", "input_fraction")
 OF_THE_RUN += ("exclude_zero", "reference_sampling", "extra_tokens")
@@ -87,19 +86,27 @@ class InspectConfig(program.SpreadConfig):
         if not self.checkpoint or not path.exists():
             raise ValueError(
                 f"--checkpoint={self.checkpoint}: does not exist; expected the folder of a "
-                f"modgrok_train run, or a file ending in {', '.join(ENDINGS)}"
+                f"modgrok_train run, or a file ending in {', '.join(modgrok_export.ENDINGS)}"
             )
         if path.is_dir() and not (path / rundir.CONFIG).is_file():
             raise ValueError(
                 f"--checkpoint={self.checkpoint}: expected the folder of a modgrok_train run, with "
                 f"its {rundir.CONFIG}"
             )
-        if not path.is_dir() and path.suffix not in ENDINGS:
+        if not path.is_dir() and path.suffix not in modgrok_export.ENDINGS:
             raise ValueError(
                 f"--checkpoint={self.checkpoint}: expected a folder, or a file ending in "
-                f"{', '.join(ENDINGS)}"
+                f"{', '.join(modgrok_export.ENDINGS)}"
             )
-        if not path.is_dir():
+        if path.is_dir():
+            if self.task_seed:
+                raise ValueError(
+                    f"--task_seed={self.task_seed}: expected none with the folder of a run, which "
+                    "has its own"
+                )
+        else:
+            if self.which != "best":
+                raise ValueError(f"--which={self.which}: expected none with a file")
             for name in NEEDED:
                 if getattr(self, name) is None:
                     raise ValueError(
@@ -139,8 +146,9 @@ def _files(cfg: InspectConfig) -> Iterable[Path]:
     return (path / rundir.CONFIG, *sorted(x for x in folder.rglob("*") if x.is_file()))
 
 
-def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
-    """Everything that is known to be good before anything is written."""
+def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> tuple[Any, str]:
+    """Everything that is known to be good before anything is written, and its files' digest."""
+    digest = program.digest(_files(cfg))  # before they are read
     if Path(cfg.checkpoint).is_dir():
         run, model, params, source = _from_run(cfg)
     else:
@@ -169,7 +177,7 @@ def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
     if gate_L is not None:
         params, model, words = _open_blocks(params, model, gate_L, layers)
         source += words
-    return Problem(
+    problem = Problem(
         params=params,
         model=model,
         open_layers=None if gate_L is None else tuple(layers),
@@ -182,6 +190,7 @@ def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> Any:
         together=together,
         source=source,
     )
+    return problem, digest
 
 
 def _check_model(cfg: InspectConfig, run: TrainConfig, params: Any) -> None:
@@ -334,13 +343,14 @@ def _sharing(devices: int, sequences: int) -> int:
 
 
 def _work(
-    cfg: InspectConfig, problem: Any, folder: rundir.RunDir, say: Callable[..., None]
+    cfg: InspectConfig, prepared: tuple[Any, str], folder: rundir.RunDir, say: Callable[..., None]
 ) -> tuple[dict[str, Any], program.Arrays]:
     from launch import modgrok_inspect_page as pages
     from launch import modgrok_inspect_scores as scoring
     from launch import modgrok_instruments, parallel
     from launch import modgrok_instruments_common as common
 
+    problem, digest = prepared
     size = common.SIZES[cfg.size]
     there = parallel.make_mesh(cfg.devices).size
     mesh = parallel.make_mesh(_sharing(there, size.sequences))
@@ -351,7 +361,6 @@ def _work(
     names = ("network", *cfg.controls)
     say(f"{problem.source} Looking at {', '.join(names)}; compiling first")
     arrays: dict[str, dict[str, np.ndarray]] = {}
-    digest = program.digest(_files(cfg))
     for name in names:
         kept, keep = _kept(folder, name, digest), functools.partial(folder.save_arrays, name)
         arrays[name] = modgrok_instruments.measure(name, look, kept, keep)

@@ -74,9 +74,7 @@ def page(all_scores: Mapping[str, dict[str, Any]], about: About) -> str:
         f"repetitions of {about.sequences} sequences a set; [low, high] are 95 % intervals of "
         "Student's t over repetitions. Shots, layers, heads and tokens count from 0; 0.1 is head 1 "
         "of layer 0. Definitions are in the docstrings of `modgrok/interpret.py`, `fourier.py`, "
-        "`grids.py`, `interventions.py` and `corruption.py`. The same instruments looked at the "
-        "controls: Ratio Matching and Bayes in the clothes of a network (`modgrok/controls.py`), "
-        "and a network of the same shape with random weights.",
+        "`grids.py`, `interventions.py` and `corruption.py`." + _controls(names[1:]),
         table(
             ["", *(TITLES[name] for name in names)],
             [[label, *(_n(heads[name].get(key)) for name in names)] for label, key in rows],
@@ -89,6 +87,15 @@ def page(all_scores: Mapping[str, dict[str, Any]], about: About) -> str:
         *(_depth_page(own, about) if "latent_depth" in own else ()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _controls(names: Sequence[str]) -> str:
+    rules = " and ".join(TITLES[name] for name in names if name != "random")
+    controls = [f"{rules} in the clothes of a network (`modgrok/controls.py`)"] if rules else []
+    if "random" in names:
+        controls.append("a network of the same shape with random weights")
+    found = ", and ".join(controls)
+    return f" The same instruments looked at controls: {found}." if controls else ""
 
 
 def _behaviour_page(all_scores: Mapping[str, dict[str, Any]], about: About) -> list[str]:
@@ -118,7 +125,7 @@ def _behaviour_page(all_scores: Mapping[str, dict[str, Any]], about: About) -> l
         follows.append([TITLES[name], *map(_i, cells)])
     return [
         "## Which queries it answers",
-        "Every query (x, y) after k examples, unseen tasks with a != b on train inputs; means over "
+        "Every query (x, y) after k examples, unseen tasks with a != b on train inputs; over all "
         "contexts, for the three accuracies with 95 % intervals. "
         "Ratio Matching knows queries on the line of an example through the origin, modular "
         "regression those in the span of the examples. Accuracy by who knows, with the number of "
@@ -166,25 +173,20 @@ def _heads_page(own: dict[str, Any], about: About) -> list[str]:
                 f"{_n(features[kind]['mean'][i][j])} ({_n(features[kind]['shuffled_95'][i][j])})"
                 for kind in FITS
             ),
-            *(
-                f"{_n(ratio[place]['mean'][i][j])} (p = {_n(ratio[place]['p_value'][i][j])})"
-                for place in "yz"
-            ),
+            *_ratio_cells(ratio, i, j),
         ]
         for name, (i, j) in names.items()
     ]
     baseline = ["uniform", *(_n(attention[score]["uniform"]) for score in ATTENTION), *[""] * 6]
     streams = [
-        [
-            f"stream after block {layer}",
-            *[""] * 9,
-            *(
-                f"{_n(ratio[place]['mean'][i][-1])} (p = {_n(ratio[place]['p_value'][i][-1])})"
-                for place in "yz"
-            ),
-        ]
+        [f"stream after block {layer}", *[""] * 9, *_ratio_cells(ratio, i, -1)]
         for i, layer in enumerate(layer_L)
     ]
+    frequency_LHC2 = features["log"]["components_frequencies"]
+    circles = ", ".join(
+        " ".join([name, *(f"({x}, {y})" for x, y in frequency_LHC2[i][j][:2])])
+        for name, (i, j) in names.items()
+    )
     return [
         "## Heads",
         "Attention scores, of uniform attention in the first row; shares of the variance in the "
@@ -192,9 +194,15 @@ def _heads_page(own: dict[str, Any], about: About) -> list[str]:
         f"{about.feature_shot} over all {features['inputs']} inputs; R² of their circle of circles "
         f"({features['degrees_of_freedom']} degrees of freedom), with 95 % of shuffled tokens in "
         "brackets; cosine similarity within ratios minus between. Scores are means over "
-        "repetitions, shuffles and p-values of the first alone; those of x/y rename y "
-        f"({about.modulus - 1} of the ({about.modulus} - 1)! ways to rename keep the ratios "
-        "together, so that it need not reach the smallest value there is).",
+        "repetitions, shuffles and p-values of the first alone; those of x/y rename x and y alike "
+        "(at z, which depends on both, that is no test). Multiplications and powers are renamings "
+        "that keep the ratios together, so that it need not reach the smallest value there is"
+        + (
+            ", and at p = 5 so many keep these, and the fits of circles and embedding, that none "
+            "of it is a test."
+            if about.modulus == 5
+            else "."
+        ),
         table(
             [
                 "head",
@@ -212,12 +220,19 @@ def _heads_page(own: dict[str, Any], about: About) -> list[str]:
             ],
             [baseline, *lines, *streams],
         ),
+        "Frequencies of x and of y that fit components 1 and 2 best, in the log basis (of a circle "
+        f"both components have the same): {circles}.",
         *_figure("Attention on one sequence", "attention", about),
         *_figure("Attention scores", "heads", about),
         *_figure("Attention by offset", "offsets", about),
         *_figure("Circle of circles", "circle", about),
         *_figure("Cosine similarity of all inputs", "similarity", about),
     ]
+
+
+def _ratio_cells(ratio: dict[str, Any], layer: int, column: int) -> list[str]:
+    at_y, at_z = (_n(ratio[place]["mean"][layer][column]) for place in "yz")
+    return [f"{at_y} (p = {_n(ratio['y']['p_value'][layer][column])})", at_z]
 
 
 def _embedding_page(own: dict[str, Any], about: About) -> list[str]:

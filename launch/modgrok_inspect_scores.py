@@ -104,13 +104,18 @@ def ratio_interval(part_RX: np.ndarray, whole_RX: np.ndarray) -> statistics.Inte
     return statistics.Interval(ratio_X, ratio_X - half_X, ratio_X + half_X)
 
 
-def _spreads(value_RLX: np.ndarray, layer_L: Sequence[int]) -> dict[str, Any]:
-    """Of each head, and which is the best."""
+def _spreads(
+    value_RLX: np.ndarray, layer_L: Sequence[int], *, streams: bool = False
+) -> dict[str, Any]:
+    """Of each head, and which is the best; with `streams` the last column is the stream's."""
     mean, low, high = statistics.interval(value_RLX)
     if np.isnan(mean).all():
         return {"mean": mean, "low": low, "high": high, "best": None, "best_head": None}
     at = np.unravel_index(np.nanargmax(mean), mean.shape)
-    best = {"best": [mean[at], low[at], high[at]], "best_head": f"{layer_L[at[0]]}.{at[1]}"}
+    name = f"{layer_L[at[0]]}.{at[1]}"
+    if streams and at[1] == mean.shape[1] - 1:
+        name = f"stream after block {layer_L[at[0]]}"
+    best = {"best": [mean[at], low[at], high[at]], "best_head": name}
     return {"mean": mean, "low": low, "high": high, **best}
 
 
@@ -121,11 +126,10 @@ def _grids(arrays: Arrays) -> dict[str, Any]:
     )
     result: dict[str, Any] = {"shots": arrays["grid_shot_K"]}
     for name, mask in (("ratio_matching", ratio), ("regression", regression)):
-        found = grids.overlap(right, mask)
+        # The queries of all contexts together; where the mask is everything nothing is outside.
+        found = grids.overlap(*(x.reshape(len(x), 1, -1, 1) for x in (right, mask)))
         for part in ("precision", "recall", "outside"):
-            # Means over contexts; where the mask is everything nothing is outside.
-            values_KC = np.asarray(getattr(found, f"{part}_KC"), float)
-            result[f"{name}_{part}"] = [_mean(row) for row in values_KC]
+            result[f"{name}_{part}"] = np.asarray(getattr(found, f"{part}_KC")[:, 0], float)
     parts = {"known_to_both": ratio, "known_to_regression_only": regression * (1 - ratio)}
     parts["known_to_none"] = 1 - regression
     for name, mask in parts.items():
@@ -151,15 +155,22 @@ def _attention(arrays: Arrays) -> dict[str, Any]:
 
 
 def _head_features(arrays: Arrays) -> dict[str, Any]:
-    """Circle of circles: R^2 of the first two components, beside 95 % of shuffled tokens."""
+    """Circle of circles: R^2 of the first two components, beside 95 % of shuffled tokens.
+
+    Then of each component alone, with the frequencies of x and of y that fit it best: of a circle
+    its two components have them in common.
+    """
     result: dict[str, Any] = {"explained": arrays["explained_RLHC"].mean(0)}
     for kind in FITS:
         fit = _spreads(arrays[f"circle_{kind}_RLHC"][..., :2].mean(-1), layer_numbers(arrays))
         null_ZLH = arrays[f"circle_{kind}_null_ZLHC"][..., :2].mean(-1)
         fit["shuffled_95"] = np.quantile(null_ZLH, 0.95, axis=0)
-        first_LH = arrays[f"circle_{kind}_RLHC"][0, ..., :2].mean(-1)
-        fit["p_value"] = _p_values(first_LH, null_ZLH)
+        first_LHC, null_ZLHC = arrays[f"circle_{kind}_RLHC"][0], arrays[f"circle_{kind}_null_ZLHC"]
+        fit["p_value"] = _p_values(first_LHC[..., :2].mean(-1), null_ZLH)
         fit["components"] = arrays[f"circle_{kind}_RLHC"].mean(0)
+        fit["components_shuffled_95"] = np.quantile(null_ZLHC, 0.95, axis=0)
+        fit["components_p_value"] = _p_values(first_LHC, null_ZLHC)
+        fit["components_frequencies"] = arrays[f"circle_{kind}_frequency_RLHC2"][0]
         result[kind] = fit
     result["degrees_of_freedom"] = 5
     result["inputs"] = arrays["component_LHN2"].shape[2]
@@ -218,11 +229,13 @@ def _neurons(arrays: Arrays) -> dict[str, Any]:
 
 
 def _ratio(arrays: Arrays, place: str) -> dict[str, Any]:
+    """At z, where the token a x + b y is read, no renaming of x and y makes a null."""
     within, between = (arrays[f"ratio_{x}_{place}_RLX"] for x in ("within", "between"))
-    result = _spreads(within - between, layer_numbers(arrays))
-    null_RZLX = arrays[f"ratio_null_{place}_RZLX"]
-    result["p_value"] = _p_values((within - between)[0], null_RZLX[0])
-    result["shuffled_95"] = np.quantile(null_RZLX[0], 0.95, axis=0)
+    result = _spreads(within - between, layer_numbers(arrays), streams=True)
+    if place == "y":
+        null_ZLX = arrays["ratio_null_y_RZLX"][0]
+        result["p_value"] = _p_values((within - between)[0], null_ZLX)
+        result["shuffled_95"] = np.quantile(null_ZLX, 0.95, axis=0)
     return result
 
 

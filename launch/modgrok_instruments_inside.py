@@ -84,7 +84,9 @@ def _one_context(what, context_T, task_2, key, *, shot, rows, sharding, p, num):
     row = {"explained_RLHC": parts.explained_GC.reshape(layers, heads, -1)}
     for kind in fourier.KINDS:
         share_LHCM = fourier.pair_shares(component_LHCpp, modulus=p, kind=kind)
-        row[f"circle_{kind}_RLHC"] = fourier.circles(share_LHCM, p)
+        row[f"circle_{kind}_RLHC"], row[f"circle_{kind}_frequency_RLHC2"] = fourier.circles(
+            share_LHCM, p
+        )
         share_LFM = fourier.pair_shares(hidden_LFpp, modulus=p, kind=kind)
         row[f"neuron_{kind}_RLF"] = fourier.best(share_LFM).share_G
     similar = {}

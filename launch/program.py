@@ -111,6 +111,8 @@ def _anew(program: Program, cfg: RunConfig, say: Callable[..., None]) -> dict[st
     parallel.start(platform_devices=cfg.platform_devices, compilation_cache=cfg.compilation_cache)
     if isinstance(cfg, SpreadConfig):
         parallel.make_mesh(cfg.devices)  # refuses what is not there
+    # Before they are read: what replaces them meanwhile is not what the result is of.
+    read = digest(program.inputs(cfg))
     problem = program.prepare(cfg, say)
     workdir = cfg.workdir or str(rundir.new_folder(program.name))
     saved = {**dataclasses.asdict(cfg), "workdir": workdir}
@@ -126,7 +128,7 @@ def _anew(program: Program, cfg: RunConfig, say: Callable[..., None]) -> dict[st
         if cfg.figures:
             _draw(program, folder, arrays, say)
         steps = 1 + max((row["step"] for row in folder.history()), default=-1)
-        last = {"files": list(arrays), "input": digest(program.inputs(cfg)), "finished": True}
+        last = {"files": list(arrays), "input": read, "finished": True}
         folder.scalars(steps, {**result, **last})
     say(f"files and figures: {workdir}")
     return {"workdir": workdir, **result}

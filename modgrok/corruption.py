@@ -46,8 +46,11 @@ def label_corruption(
         queries that are on the line of the corrupted shot (`oracles.matches`), and over the
         others. Ratio Matching looks at no shot off the line: its second number is 0. The part of
         the map that is not asked is NaN, so that jax_debug_nans raises.
+    Raises:
+        ValueError: if `tokens_BT` are not whole sequences.
     """
     check_modulus(modulus)
+    _check_sequences(tokens_BT)
     predict = oracles.as_partial(predict)
     return _label_corruption(predict, tokens_BT, key, modulus=modulus, row_sharding=row_sharding)
 
@@ -82,6 +85,11 @@ def _label_corruption(predict, tokens_BT, key, *, modulus, row_sharding):
     return Corruption(accuracy_SS, clean_BS.mean(0), matched, unmatched)
 
 
+def _check_sequences(tokens_BT: jax.Array) -> None:
+    if tokens_BT.ndim != 2 or tokens_BT.shape[1] % 3:
+        raise ValueError(f"tokens_BT has shape {tokens_BT.shape}, expected rows of whole shots")
+
+
 def corrupt_several(
     predict: Callable[[jax.Array], jax.Array],
     tokens_BT: jax.Array,
@@ -99,9 +107,10 @@ def corrupt_several(
         predict: as in `grids.shot_grids`.   key: spent here.
         count_N2: pairs (k, j), 0 <= j <= k < S; concrete.
     Raises:
-        ValueError: if a pair is not one of these.
+        ValueError: if a pair is not one of these, or `tokens_BT` are not whole sequences.
     """
     check_modulus(modulus)
+    _check_sequences(tokens_BT)
     counts = np.asarray(count_N2)
     shots = tokens_BT.shape[1] // 3
     if ((counts[:, 1] < 0) | (counts[:, 1] > counts[:, 0]) | (counts[:, 0] >= shots)).any():

@@ -68,6 +68,7 @@ def discrete_log(modulus: int, base: int | None = None) -> np.ndarray:
         raise ValueError(f"base={base}, expected a primitive root mod {modulus}")
     log_p = np.full(modulus, -1)
     log_p[powers] = np.arange(modulus - 1)
+    log_p.flags.writeable = False  # every caller gets this one
     return log_p
 
 
@@ -127,8 +128,8 @@ def pair_frequencies(modulus: int, kind: Kind) -> np.ndarray:
 def pair_shares(value_Gpp: jax.Array, *, modulus: int, kind: Kind) -> jax.Array:
     """Share of the variance of a function of (x, y) in each of the modes, share_GM.
 
-    In the log basis 1 minus their sum is what depends on whether x or y is 0. Two degrees of
-    freedom a mode, of p^2 - 1.
+    In the log basis 1 minus their sum is what depends on whether x or y is 0. A mode has two
+    degrees of freedom of p^2 - 1, where there is a sine (see `pair_frequencies`).
     """
     basis = _basis(modulus, kind)
     _check_axes(value_Gpp, (modulus, modulus))
@@ -153,15 +154,23 @@ def best(share_GM: jax.Array) -> Best:
     return Best(share_GM.max(-1), share_GM.argmax(-1))
 
 
-def circles(share_GM: jax.Array, modulus: int) -> jax.Array:
-    """R^2 of a circle of circles: best frequency of x alone plus best of y alone, share_G.
+class Circles(NamedTuple):
+    """R^2 of a circle of circles, and its frequencies (from 1) of x and of y."""
+
+    share_G: jax.Array
+    frequency_G2: jax.Array
+
+
+def circles(share_GM: jax.Array, modulus: int) -> Circles:
+    """R^2 of a circle of circles: best frequency of x alone plus best of y alone.
 
     The model is a constant, one cosine and sine of x, and one of y: 5 degrees of freedom (in the
     log basis tokens 0 then sit in the centres of the circles, as in figure 1d).
     """
     check_modulus(modulus)
     num = (modulus - 1) // 2
-    return share_GM[..., :num].max(-1) + share_GM[..., num : 2 * num].max(-1)
+    share_G2Q = share_GM[..., : 2 * num].reshape(*share_GM.shape[:-1], 2, num)
+    return Circles(share_G2Q.max(-1).sum(-1), 1 + share_G2Q.argmax(-1))
 
 
 @functools.partial(jax.jit, static_argnames=("modulus", "kind", "pairs", "num"))
@@ -183,7 +192,7 @@ def shuffled(
             return top, top
         renamed = value[..., order_p, :][..., order_p]
         share_GM = pair_shares(renamed, modulus=modulus, kind=kind)
-        return share_GM.max(-1), circles(share_GM, modulus)
+        return share_GM.max(-1), circles(share_GM, modulus).share_G
 
     return jax.lax.map(once, jax.random.split(key, num))
 

@@ -70,8 +70,8 @@ def shot_grids(
             "one for each task"
         )
     shots, shot_K = context_CT.shape[1] // 3, np.asarray(shot_K)
-    if ((shot_K < 0) | (shot_K >= shots)).any():
-        raise ValueError(f"shot_K={shot_K.tolist()}, expected numbers from 0 to {shots - 1}")
+    if ((shot_K < 0) | (shot_K >= shots) | (shot_K % 1 != 0)).any():
+        raise ValueError(f"shot_K={shot_K.tolist()}, expected whole numbers from 0 to {shots - 1}")
     predict = oracles.as_partial(predict)
     options = {"modulus": modulus, "rows": rows, "row_sharding": row_sharding}
     return _shot_grids(predict, context_CT, task_C2, shot_K, **options)

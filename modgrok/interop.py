@@ -7,6 +7,7 @@ Axes: V vocab  L layers  D width  H heads  K head size  F mlp
 """
 
 import io
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def from_state_dict(
         raise _misfit(arrays, embedding, "(vocab, width)")
     vocab, width = arrays[embedding].shape
     layers = len({name.split(".")[2] for name in arrays if name.startswith("transformer.h.")})
+    if not layers:
+        raise _misfit(arrays, "transformer.h.0.ln_1.weight", (width,))
     heads = _infer_heads(arrays, width) if heads is None else heads
     fc = "transformer.h.0.mlp.c_fc.weight"
     right_way_round = fc in arrays and arrays[fc].shape[1:] == (width,)
@@ -219,9 +222,11 @@ def _check_fixed(arrays: Mapping[str, np.ndarray], cfg: Config) -> None:
     wanted = _frequencies(cfg)
     for layer in range(cfg.layers):
         name = f"transformer.h.{layer}.attn.rotary_emb.freqs"
-        freqs = np.asarray(arrays.get(name, wanted), np.float32)
-        if not np.allclose(freqs, wanted, rtol=1e-5, atol=0):
-            worst = np.argmax(~np.isclose(freqs, wanted, rtol=1e-5, atol=0))
+        freqs = np.asarray(arrays.get(name, wanted))
+        close = {"rtol": max(1e-5, float(jnp.finfo(freqs.dtype).eps)), "atol": 0}
+        freqs = freqs.astype(np.float32)
+        if not np.allclose(freqs, wanted, **close):
+            worst = np.argmax(~np.isclose(freqs, wanted, **close))
             raise ValueError(
                 f"entry {name} has {freqs[worst]:.6g} at {worst}, expected {wanted[worst]:.6g}: "
                 "only fixed frequencies 10000^(-2i/K) are supported"
@@ -266,11 +271,14 @@ def _decode(data: bytes, suffix: str) -> Mapping[str, np.ndarray]:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return dict(archive)
     if suffix == ".safetensors":
-        import safetensors.numpy
+        import safetensors
 
-        return safetensors.numpy.load(data)
+        return {name: _from_bytes(**entry) for name, entry in safetensors.deserialize(data)}
     torch = _import_torch()
-    entries = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    try:
+        entries = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose own words are how to load it all the same
+        raise ValueError("damaged, or with other objects than tensors in it") from error
     if isinstance(entries, dict):
         entries = next((entries[k] for k in _WRAPPERS if isinstance(entries.get(k), dict)), entries)
     if not isinstance(entries, dict):
@@ -278,11 +286,21 @@ def _decode(data: bytes, suffix: str) -> Mapping[str, np.ndarray]:
     for name, value in entries.items():
         if not isinstance(name, str) or not torch.is_tensor(value):
             raise ValueError(f"entry {name} is a {type(value).__name__}, expected a tensor")
-    # Floats of every width end as float32; numpy lacks torch's bfloat16.
-    return {
-        name: (value.float() if value.is_floating_point() else value).detach().numpy()
-        for name, value in entries.items()
-    }
+
+    def to_numpy(value):
+        value = value.detach()
+        if value.dtype == torch.bfloat16:  # which numpy alone does not have
+            return value.view(torch.int16).numpy().view(jnp.bfloat16)
+        return value.numpy()
+
+    return {name: to_numpy(value) for name, value in entries.items()}
+
+
+def _from_bytes(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
+    """An entry of a safetensors file; its own reader for numpy does not know BF16."""
+    kind = dtype.rstrip("0123456789")
+    kinds = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint", "C": "complex", "BOOL": "bool"}
+    return np.frombuffer(data, jnp.dtype(kinds[kind] + dtype[len(kind) :])).reshape(shape)
 
 
 def _encode(arrays: Mapping[str, np.ndarray], suffix: str) -> bytes:

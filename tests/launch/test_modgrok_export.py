@@ -61,6 +61,21 @@ def test_wrong_requests(run, changes, words, tmp_path):
         ExportConfig(**values).validate()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prune": True}, "--prune: the run in .* has no gates"),
+        ({"group": "5"}, "--group=5: the run in .* has no gates"),
+        ({"group": "union"}, "--group=union: the run in .* has no gates"),
+    ],
+)
+def test_what_asks_for_gates_is_refused_without_any(run, changes, words, tmp_path):
+    output = "pruned" if "prune" in changes else "m.npz"
+    with pytest.raises(UsageError, match=words):
+        modgrok_export.main(ExportConfig(run.workdir, str(tmp_path / output), **changes))
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_place_that_cannot_be_written(run, tmp_path):
     cfg = ExportConfig(run.workdir, str(tmp_path / f"{'x' * 300}.npz"))
     cfg.validate()

@@ -100,6 +100,8 @@ def test_a_run_becomes_a_page_with_controls(program, finished, tmp_path):
     assert len(figures) >= 15
     assert all((folder / name).stat().st_size > 2000 for name in figures)
     assert "averaged weights" in page
+    words = "controls: Ratio Matching and Bayes in the clothes of a network (`modgrok/controls.py`)"
+    assert f"{words}, and a network of the same shape with random weights." in page
     assert "| head | previous | own x |" in page
 
     scores = json.loads((folder / "scores.json").read_text(), parse_constant=pytest.fail)
@@ -113,6 +115,14 @@ def test_a_run_becomes_a_page_with_controls(program, finished, tmp_path):
     assert matching["neurons"]["log"]["best_r2"][1] == pytest.approx(1, abs=1e-4)
     assert bayes["head_features"]["additive"]["best"][0] == pytest.approx(1, abs=1e-4)
     assert set(bayes["grids"]["accuracy_known_to_regression_only"]) <= {None, 1.0}
+    # The stream is no head: of Ratio Matching it has the query's ratio after its second block.
+    assert matching["ratio_similarity"]["y"]["best_head"] == "stream after block 1"
+    assert set(matching["ratio_similarity"]["y"]) - set(matching["ratio_similarity"]["z"]) == {
+        "p_value",
+        "shuffled_95",
+    }
+    frequency = bayes["head_features"]["additive"]["components_frequencies"][0][0]
+    assert all(q in (1, 2) for pair in frequency[:2] for q in pair)
     assert "ablation" not in matching
     for name in ("network", "random"):
         assert set(scores[name]["ablation"]["heads"]["zero"]) == {"0.0", "0.1", "0.2", "0.3"}
@@ -137,7 +147,8 @@ def test_a_run_becomes_a_page_with_controls(program, finished, tmp_path):
             np.testing.assert_allclose(part[f"{name}_{end}"], wanted_X, rtol=1e-3, atol=1e-4)
     k, right, known = -1, stored["grid_right_KCpp"], stored["grid_ratio_KCpp"]
     hits_C, total_C = ((x * known[k]).sum((1, 2)) for x in (right[k], 1))
-    part = own["grids"]["accuracy_known_to_both"]
+    part = own["grids"]["ratio_matching_recall"]
+    assert part == own["grids"]["accuracy_known_to_both"]
     assert part[k] == pytest.approx(hits_C.sum() / total_C.sum(), abs=1e-4)
     low, high = (own["grids"][f"accuracy_known_to_both_{end}"][k] for end in ("low", "high"))
     assert low <= part[k] <= high
@@ -193,6 +204,7 @@ def test_a_page_without_interventions(program, file, tmp_path):
     page = (tmp_path / "page" / "report.md").read_text()
     assert "--interventions=false`" in page
     assert "ilenced" not in page
+    assert "controls" not in page.replace("--controls=", "")
     drawn = {f"figures/{path.name}" for path in (tmp_path / "page" / "figures").iterdir()}
     assert drawn == set(re.findall(r"\]\((figures/\w+\.png)\)", page))
     scores = json.loads((tmp_path / "page" / "scores.json").read_text())["network"]
@@ -355,7 +367,9 @@ def test_rounded_gates_of_a_task_in_no_group():
         ),
         (("--checkpoint={run}", "--feature_shot=5"), "--feature_shot=5: expected 0 to 4"),
         (("--checkpoint={run}", "--controls=bayes,bayes"), "--controls=bayes,bayes: expected some"),
+        (("--checkpoint={run}", "--task_seed=1"), "--task_seed=1: expected none with the folder"),
         (("--checkpoint={file}",), "--p=none: expected a value"),
+        (("--checkpoint={file}", "--which=latest"), "--which=latest: expected none with a file"),
         (("--checkpoint={file}", *OF_THE_FILE, "--p=7"), "has 5 tokens; expected --p=5\n"),
         (("--checkpoint={file}", *OF_THE_FILE, "--heads=3"), "width=16 is not a multiple of heads"),
         (("--checkpoint={file}", *OF_THE_FILE, "--num_tasks=25"), "--num_tasks=25: expected 1 to"),

@@ -71,6 +71,18 @@ def test_old_figures_go_when_new_ones_are_drawn(run, tmp_path):
         assert {path.stem for path in figures.iterdir()} == names - gone
 
 
+def test_what_replaces_an_input_while_it_is_read_is_not_vouched_for(run, tmp_path):
+    source = tmp_path / "input"
+    source.write_text("old")
+    reading = PROGRAM._replace(inputs=lambda cfg: (source,))
+    writing = reading._replace(prepare=lambda cfg, say: source.write_text("new"))
+    run(writing, figures=False)
+    with pytest.raises(UsageError, match="holds a run whose input files have changed"):
+        run(reading, figures=False)
+    source.write_text("old")
+    assert run(reading, figures=False)["before"] == 0
+
+
 @pytest.mark.parametrize("figures", [True, False])
 @pytest.mark.parametrize("damage", ["torn", "gone"])
 def test_a_finished_run_without_its_arrays_is_refused(damage, figures, run, tmp_path):

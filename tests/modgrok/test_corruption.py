@@ -1,5 +1,7 @@
 """Wrong labels: by hand, and on rules whose answer is known."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -63,3 +65,11 @@ def test_several_wrong_labels():
 def test_refusals():
     with pytest.raises(ValueError, match=r"count_N2=\[\[6, 0\]\], expected .* 0 <= j <= k < 6"):
         corruption.corrupt_several(len, TOKENS_BT, KEY, [[6, 0]], modulus=P)
+    for call in (
+        corruption.label_corruption,
+        functools.partial(corruption.corrupt_several, count_N2=[[1, 1]]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"tokens_BT has shape \(18,\), expected rows of whole"
+        ):
+            call(len, TOKENS_BT[0], KEY, modulus=P)

@@ -22,6 +22,11 @@ def test_logarithms_undo_powers(modulus):
     assert [pow(root, int(k), modulus) for k in log_p[1:]] == list(range(1, modulus))
 
 
+def test_logarithms_are_the_same_for_every_caller():
+    with pytest.raises(ValueError, match="read-only"):
+        fourier.discrete_log(11)[0] = 3
+
+
 def test_the_papers_base_is_one_of_many():
     log_p = fourier.discrete_log(29, 27)
     assert (27 ** int(log_p[2])) % 29 == 2
@@ -96,12 +101,14 @@ def test_pairs_add_up_to_one_with_zero(kind):
 @pytest.mark.parametrize("kind", fourier.KINDS)
 def test_circle_of_circles_fits_its_own_basis_only(kind):
     angle_p, on_p = angles(kind)
-    circle_p = on_p * np.cos(angle_p + 0.3)
-    value_pp = circle_p[:, None] + 0.3 * circle_p
+    x_p, y_p = (on_p * np.cos(q * angle_p + 0.3) for q in (2, 1))
+    value_pp = x_p[:, None] + 0.3 * y_p
     for other in fourier.KINDS:
         share_M = fourier.pair_shares(value_pp, modulus=P, kind=other)
-        found = float(fourier.circles(share_M, P))
+        found, frequency_2 = fourier.circles(share_M, P)
         assert (found > 0.9999) if other == kind else (found < 0.7)
+        if other == kind:
+            np.testing.assert_array_equal(frequency_2, [2, 1])
 
 
 def test_shuffled_tokens_lose_the_fit_and_keep_what_names_do_not_change():

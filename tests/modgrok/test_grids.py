@@ -133,8 +133,8 @@ def test_refusals():
         ask(controls.bayes(P).predict, CONTEXT_CT, TASK_C2[:2], SHOT_K)
     with pytest.raises(ValueError, match="modulus=6 is not a prime"):
         grids.shot_grids(len, CONTEXT_CT, TASK_C2, SHOT_K, modulus=6)
-    for shot in (-1, SHOTS):
+    for shot in (-1, SHOTS, 1.5):
         with pytest.raises(
-            ValueError, match=rf"shot_K=\[0, {shot}\], expected numbers from 0 to 6"
+            ValueError, match=rf"shot_K=\[0(\.0)?, {shot}\], expected whole numbers from 0 to 6"
         ):
             ask(controls.bayes(P).predict, CONTEXT_CT, TASK_C2, [0, shot])

@@ -189,7 +189,7 @@ def test_circle_of_circles_of_the_controls(name):
     parts = interpret.principal_components(pairs_GND, components=2)
     component_Cpp = np.asarray(parts.score_GNC)[0].T.reshape(2, P, P)
     found = {
-        kind: fourier.circles(fourier.pair_shares(component_Cpp, modulus=P, kind=kind), P)
+        kind: fourier.circles(fourier.pair_shares(component_Cpp, modulus=P, kind=kind), P).share_G
         for kind in fourier.KINDS
     }
     np.testing.assert_allclose(found[own], 1, atol=1e-4)
@@ -208,18 +208,19 @@ def test_circle_of_circles_of_the_controls(name):
 def test_similarity_is_correlation_of_channels():
     feature_ND = np.random.default_rng(0).normal(2, 3, size=(6, 9)).astype(np.float32)
     np.testing.assert_allclose(interpret.similarity(feature_ND), np.corrcoef(feature_ND), atol=1e-5)
-    still = np.vstack([feature_ND, np.full(9, 4.0)])
-    np.testing.assert_array_equal(interpret.similarity(still)[-1], 0)
+    for value in (4.0, 0.1):  # of which the second is not its own mean in float32
+        still = np.vstack([feature_ND, np.full(9, value)])
+        np.testing.assert_array_equal(interpret.similarity(still)[-1], 0)
 
 
-def slow_ratio_similarity(feature_ND, relabel=lambda y: y):
+def slow_ratio_similarity(feature_ND, relabel=lambda x: x):
     within, between = [], []
     matrix = np.corrcoef(feature_ND)
     rows = [i for i in range(P**2) if 0 not in EVERY[i]]
     for i in rows:
         for j in rows:
             (x, y), (a, b) = EVERY[i], EVERY[j]
-            y, b = relabel(y), relabel(b)
+            x, y, a, b = map(relabel, (x, y, a, b))
             if x == a or y == b:
                 continue
             (within if (x * b - y * a) % P == 0 else between).append(matrix[i, j])
@@ -237,7 +238,7 @@ def test_ratio_similarity_equals_slow_means():
         jax.random.split(jax.random.key(0), 3)
     )
     for r, order in enumerate(np.asarray(orders)):
-        within, between = slow_ratio_similarity(feature_GND[0], lambda y, o=order: o[y - 1] + 1)
+        within, between = slow_ratio_similarity(feature_GND[0], lambda x, o=order: o[x - 1] + 1)
         np.testing.assert_allclose(found.null_RG[r, 0], within - between, atol=1e-5)
 
 
@@ -251,10 +252,33 @@ def test_ratio_similarity_tells_ratios_from_tokens():
     score_G = np.asarray(found.within_G - found.between_G)
     null_RG = np.asarray(found.null_RG)
     assert score_G[0] > 0.9
-    # Renaming by a multiplication leaves the ratios' classes as they are: 6 of 720 do.
+    # Twelve renamings of 720, multiplications and powers, leave the ratios' classes as they are.
     assert (null_RG[:, 0] > score_G[0] - 1e-5).mean() < 0.1
     np.testing.assert_allclose(score_G[1:], 0, atol=1e-5)
     np.testing.assert_allclose(null_RG[:, 1:], 0, atol=1e-5)
+
+
+def test_ratios_of_untrained_networks_are_by_chance():
+    """P-values of 60 networks: few are small, also where equal tokens look alike."""
+    grid_NT = interpret.input_grid(TOKENS_BT[0], np.array([1, 3]), modulus=P, shot=1)
+
+    @jax.jit
+    def p_values(key):
+        subject = interpret.network(init_params(key, CFG), CFG)
+        seen = interpret.grid_features(subject, grid_NT, shot=1)
+        head_XND = seen.head_LHN3D[:, :, :, 1].reshape(-1, P**2, CFG.width)
+        feature_XND = jnp.concatenate([head_XND, seen.residual_LN3D[:, :, 1]])
+        found = interpret.ratio_similarity(feature_XND, key, modulus=P, num=99)
+        beyond_RX = found.null_RG >= found.within_G - found.between_G - 1e-6
+        return (1 + beyond_RX.sum(0)) / 100
+
+    p_NX = jax.lax.map(p_values, jax.random.split(jax.random.key(0), 60))
+    assert (p_NX <= 0.05).mean() <= 0.05
+    equal_N1 = (EVERY[:, :1] == EVERY[:, 1:]).astype(float)
+    detector_ND = np.hstack([equal_N1, 0 * equal_N1])  # at p - 1 of the ratios and no other
+    found = interpret.ratio_similarity(detector_ND[None], jax.random.key(0), modulus=P, num=99)
+    score = found.within_G[0] - found.between_G[0]
+    np.testing.assert_allclose(found.null_RG[:, 0], score, atol=1e-5)
 
 
 def test_controls_answer_as_the_oracles_and_differ():
@@ -296,6 +320,10 @@ def test_controls_answer_as_the_oracles_and_differ():
         (
             lambda: interpret.input_grid(TOKENS_BT[5], np.array([2, 3]), modulus=6, shot=3),
             "modulus=6 is not a prime",
+        ),
+        (
+            lambda: interpret.grid_features(RANDOM, TOKENS_BT[:2], shot=5),
+            "shot=5, expected from 0 to 4",
         ),
     ],
 )
