@@ -210,7 +210,7 @@ def test_bad_entries_are_named_with_found_and_expected(name, change, message, ar
 
 def test_a_state_dict_without_blocks_is_refused(arrays):
     outer = {name: value for name, value in arrays.items() if ".h." not in name}
-    with pytest.raises(ValueError, match="ln_1.weight is missing"):
+    with pytest.raises(ValueError, match=r"ln_1\.weight is missing"):
         interop.from_state_dict(outer, heads=3)
 
 
