@@ -144,14 +144,14 @@ def train(run: Run) -> tuple[Any, dict[str, list[float]], dict[str, Any]]:
         if run.layers >= 100 and step in (0, 100, 1000):
             norms[step] = np.asarray(by_layer(state)).tolist()
         state, metrics = modgrok.train_chunk(
-            state, key, tasks.train_W2, inputs.train_M2, cfg=cfg, tx=tx, num_steps=run.every,
-            latent=latent, group_W=group_W, **sizes,
+            state, key, tasks.train_W2, inputs.train_M2, cfg=cfg, tx=tx,
+            num_steps=min(run.every, run.steps - step), latent=latent, group_W=group_W, **sizes,
         )  # fmt: skip
-        columns["step"].append(step + run.every)
+        columns["step"].append(int(state.step))
         columns["max_grad_norm"].append(float(metrics.grad_norm.max()))
         for name, x in metrics._asdict().items():
             columns.setdefault(name, []).append(float(x.mean()))
-        if run.test_every and (step + run.every) % run.test_every == 0:
+        if run.test_every and int(state.step) % run.test_every == 0:
             for name, value in score(run, state.params, group_W).items():
                 columns.setdefault(name, []).append(value)
         if not np.isfinite(columns["loss"][-1]):
@@ -354,7 +354,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
 def draw_gradients(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Gradient norm by block at the first and at the last step, of each kind's first run."""
     norms: dict[str, Any] = {}
-    for row in rows:
+    for row in filter(lambda row: row["norms"], rows):  # of 100 blocks or more
         steps = sorted(row["norms"], key=int)
         for step in (steps[0], steps[-1]):
             norms.setdefault(f"{row['kind']}, step {step}", row["norms"][step])

@@ -14,6 +14,7 @@ from launch.flags import field
 from launch.program import default_cache
 
 PROGRAM = "modgrok_train"
+MOST = 2**31 - 1  # steps: counted in int32 on devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,9 @@ class TrainConfig:
     reference_sampling: bool = field(
         False, "choose tasks and inputs as the paper's code does from --seed"
     )
-    extra_tokens: int = field(0, "unused entries of the vocabulary", unit="tokens", min=0)
+    extra_tokens: int = field(
+        0, "unused entries of the vocabulary", unit="tokens", min=0, max=2**30
+    )
 
     shots: int = field(18, "examples in a sequence", min=2, group="Model")
     width: int = field(128, "channels of the residual stream", min=2)
@@ -47,7 +50,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = field("float32", "type of matrix products")
     remat: bool = field(False, "recompute blocks in the backward pass to save memory")
 
-    steps: int = field(1600, "updates", unit="steps", min=1, group="Training")
+    steps: int = field(1600, "updates", unit="steps", min=1, max=MOST, group="Training")
     batch: int = field(280, "sequences of all devices, a multiple of num_tasks", min=1)
     micro_batches: int = field(1, "parts that a batch is cut into to save memory", min=1)
     optimizer: Literal["adamw", "muon"] = field("muon", "update rule; the paper's is adamw")
@@ -57,7 +60,7 @@ class TrainConfig:
     embedding_decay: float = field(1.0, "muon: decay of the embedding", min=0)
     warmup_steps: int = field(50, "linear rise of the learning rate", unit="steps", min=0)
     schedule_steps: int | None = field(
-        None, "where its cosine ends; none: at --steps", unit="steps", min=1
+        None, "where its cosine ends; none: at --steps", unit="steps", min=1, max=MOST
     )
     ema: float = field(
         0.99, "decay of averaged weights, which are then evaluated; 0: none", min=0, max=0.99999
@@ -99,7 +102,9 @@ class TrainConfig:
         "joint", "groups in one pass, or one after another"
     )
 
-    eval_every: int = field(100, "test the four sets", unit="steps", min=1, group="Evaluation")
+    eval_every: int = field(
+        100, "test the four sets", unit="steps", min=1, max=MOST, group="Evaluation"
+    )
     eval_sequences: tuple[int, ...] = field(
         (24, 48), "sequences of each seen and of each unseen task, on each input set", min=1
     )
@@ -112,7 +117,7 @@ class TrainConfig:
         None, "stop once the best of that accuracy is here; none: train to the end", min=0, max=1
     )
 
-    checkpoint_every: int = field(200, "save", unit="steps", min=1, group="Files")
+    checkpoint_every: int = field(200, "save", unit="steps", min=1, max=MOST, group="Files")
     keep: int = field(3, "checkpoints kept besides the best", min=1)
     log_every: int = field(50, "write loss and read signals", unit="steps", min=1)
     compilation_cache: str = field(default_cache(), "folder of compiled programs; empty: none")

@@ -64,10 +64,9 @@ def _prepare(cfg: PhaseConfig, say: Callable[..., None]) -> tuple[list[Path], di
                 f"{gib(1):.3g} GiB{f' on {shared} devices' if shared > 1 else ''}; expected at "
                 f"least that, or a smaller --batch, --width, --eval_rows or --devices{remat}"
             )
-        most = next(
-            c for c in range(max(1, -(-cfg.chunk // mesh.size)), 0, -1) if gib(c) <= cfg.memory_gib
-        )
-        depths[layers] = Depth(plan, sizes, min(most * mesh.size, max(cfg.chunk, mesh.size)))
+        chunk = min(cfg.chunk, len(cells(cfg)) // len(cfg.layers))
+        most = next(c for c in range(-(-chunk // mesh.size), 0, -1) if gib(c) <= cfg.memory_gib)
+        depths[layers] = Depth(plan, sizes, min(most * mesh.size, max(chunk, mesh.size)))
     return others, depths
 
 
@@ -81,9 +80,9 @@ def _work(
     from launch.modgrok_phase_trainer import Trainer
 
     others, depths = problem
-    modgrok_phase_folder.check_result(folder.path, say)
+    modgrok_phase_folder.check_result(folder.path)
     wanted = cells(cfg)
-    kept = _kept_runs(cfg, wanted, folder, others, say)
+    kept = _kept_runs(cfg, wanted, folder, others)
     found = len(kept)
     if found:
         say(f"{found} of {len(wanted)} runs are there already")
@@ -105,7 +104,6 @@ def _kept_runs(
     wanted: Sequence[Cell],
     folder: rundir.RunDir,
     others: Sequence[Path],
-    say: Callable[..., None],
 ) -> dict[Cell, dict[str, np.ndarray]]:
     """The finished runs of our folder, and of others, which ours then holds as well."""
     kept: dict[Cell, dict[str, np.ndarray]] = {}
@@ -115,13 +113,13 @@ def _kept_runs(
         for cell in wanted:
             if cell in kept:
                 continue
-            if part := modgrok_phase_folder.finished_run(cfg, source, cell, say, own=own):
+            if part := modgrok_phase_folder.finished_run(cfg, source, cell, own=own):
                 kept[cell] = part
                 if not own:
                     merged.append(cell)
     (folder.path / "runs").mkdir(exist_ok=True)
     for cell in merged:
-        folder.save_arrays(f"runs/{cell.name}", **kept[cell])
+        modgrok_phase_folder.save_run(folder, cell, kept[cell])
     return kept
 
 

@@ -5,6 +5,7 @@ A run of the diagram is the run that modgrok_train makes with the same --num_tas
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from launch.flags import field
 from launch.modgrok_config import TrainConfig
 
 PROGRAM = "modgrok_phase"
+MOST_RUNS = 20_000  # each is a file, and has tasks and inputs to choose before the first step
 
 
 class Cell(NamedTuple):
@@ -55,7 +57,9 @@ class PhaseConfig(program.SpreadConfig):
         (0.3,), "decoupled, times the learning rate; more than one: a diagram of each", min=0
     )
     seeds: int = field(1, "seeds of each setting: --seed and those that follow it", min=1)
-    merge: str = field("", "folders of diagrams, by commas, whose finished runs are taken over")
+    merge: str = field(
+        "", "folders of diagrams, by commas: their finished runs that the grid has are taken"
+    )
 
     p: int = _same("p")
     task_rule: Literal["random", "rectangular"] = _same("task_rule")
@@ -96,7 +100,12 @@ class PhaseConfig(program.SpreadConfig):
     threshold: float = field(0.5, "accuracy at which a transition is drawn", min=0, max=1)
 
     checkpoint_every: int = field(
-        100, "save, a multiple of --eval_every", unit="steps", min=1, group="Files and memory"
+        100,
+        "save, a multiple of --eval_every",
+        unit="steps",
+        min=1,
+        max=modgrok_config.MOST,
+        group="Files and memory",
     )
     chunk: int = field(16, "at most this many runs of one program at a time", unit="runs", min=1)
     memory_gib: float = field(
@@ -114,6 +123,13 @@ class PhaseConfig(program.SpreadConfig):
             if not values or len(set(values)) != len(values):
                 text = ",".join(f"{value:g}" for value in values)
                 raise ValueError(f"--{flag}={text}: expected one number or more, each once")
+        grid = (self.num_tasks, self.input_fraction, self.layers, self.weight_decay)
+        runs = math.prod(map(len, grid)) * self.seeds
+        if runs > MOST_RUNS:
+            raise ValueError(
+                f"--seeds={self.seeds}: makes {runs} runs of --num_tasks x --input_fraction x "
+                f"--layers x --weight_decay x --seeds, expected at most {MOST_RUNS} in a folder"
+            )
         if self.seed + self.seeds > 2**31:
             raise ValueError(f"--seeds={self.seeds}: expected --seed and the next below 2^31")
         for flag, whole in (("eval_every", "steps"), ("eval_every", "checkpoint_every")):

@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def put_aside(folder: Path, damaged: Path) -> Path:
     return rundir.put_aside(damaged, folder / "damaged")
 
 
-def check_result(folder: Path, say: Callable[..., None]) -> None:
+def check_result(folder: Path) -> None:
     """Put a damaged phase.npz aside; it is made anew of runs/."""
     result = folder / "phase.npz"
     if result.exists():
@@ -54,22 +55,31 @@ def check_result(folder: Path, say: Callable[..., None]) -> None:
             rundir.read_arrays(result)
         except rundir.Unreadable as error:
             aside = put_aside(folder, result)
-            say(f"{result}: cannot be read ({error}); moved to {aside}, made again of runs/")
+            text = f"{result}: cannot be read ({error}); moved to {aside}, made again of runs/"
+            print(text, file=sys.stderr)
+
+
+def save_run(folder: rundir.RunDir, cell: Cell, arrays: dict[str, np.ndarray]) -> None:
+    folder.save_arrays(f"runs/{cell.name}", run=np.array(cell.name), **arrays)
 
 
 def finished_run(
-    cfg: PhaseConfig, folder: Path, cell: Cell, say: Callable[..., None], *, own: bool
+    cfg: PhaseConfig, folder: Path, cell: Cell, *, own: bool
 ) -> dict[str, np.ndarray] | None:
     """The arrays of a run, if the folder holds them whole; nothing moves in one not our `own`."""
     path = folder / "runs" / f"{cell.name}.npz"
     if not os.path.exists(path):
         return None
     try:
+        name = str(rundir.read_arrays(path).get("run", cell.name))  # not in those of old versions
+        if name != cell.name:
+            raise rundir.Unreadable(f"it is that of {name}")
         part = rundir.read_arrays(path, ARRAYS)
         _check_arrays(part, cfg.steps // cfg.eval_every)
     except rundir.Unreadable as error:
         aside = f"moved to {put_aside(folder, path)}" if own else "left aside"
-        say(f"{path}: {aside}, it cannot be read ({error}); this run is trained again")
+        text = f"{path}: {aside}, it cannot be read ({error}); this run is trained again"
+        print(f"{text}, unless another of the folders has it", file=sys.stderr)
         return None
     return part
 
@@ -123,8 +133,13 @@ def _listed_cells(note: Path) -> list[Cell]:
 
 
 def remove_finished(folder: Path) -> None:
-    """Remove the checkpoints of chunks whose runs are all finished, asked for or not."""
+    """Remove the checkpoints of chunks whose runs are all finished, asked for or not.
+
+    Damaged ones among them go to the diagram's own damaged/.
+    """
     for note in _notes(folder):
         files = [folder / "runs" / f"{cell.name}.npz" for cell in _listed_cells(note)]
         if files and all(file.exists() for file in files):
+            if (note.parent / "damaged").exists():
+                put_aside(folder, note.parent / "damaged")
             shutil.rmtree(note.parent)

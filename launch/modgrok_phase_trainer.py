@@ -89,7 +89,7 @@ class Trainer:
                 signum = stop.poll()
                 if step < cfg.steps and (step % cfg.checkpoint_every == 0 or signum is not None):
                     ours = jax.tree.map(lambda x: x[: len(cells)], state)
-                    store.save(step, (ours, records), {})
+                    store.save(step, (ours, records), {"runs": [cell.name for cell in cells]})
                 if signum is not None and step < cfg.steps:
                     store.wait()
                     self._end(signum, f"at step {step} of {cfg.steps}")
@@ -102,7 +102,11 @@ class Trainer:
         like = jax.eval_shape(functools.partial(phase.init, plan=plan), keys)
         try:
             with Checkpoints(source.path) as store:
-                return store.restore((like, _records_to_come(self._cfg, num_runs)))
+                restored = store.restore((like, _records_to_come(self._cfg, num_runs)))
+            names = [cell.name for cell in source.cells]  # old versions did not save them
+            if restored and restored.meta.get("runs", names) != names:
+                raise UsageError(f"{source.path}: its list of runs is not that of its checkpoint")
+            return restored
         except UsageError as error:  # damaged, or not the state of as many runs
             aside = phase_folder.put_aside(self._folder.path, source.path)
             text = "these runs go on from an earlier one, or begin again"
@@ -141,7 +145,7 @@ class Trainer:
             done[cell] = {
                 name: records[record][g] for name, record in zip(ARRAYS, _RECORDS, strict=True)
             }
-            self._folder.save_arrays(f"runs/{cell.name}", **done[cell])
+            phase_folder.save_run(self._folder, cell, done[cell])
         phase_folder.remove_finished(self._folder.path)
         self._done += len(cells)
         if (signum := stop.poll()) is not None and self._done < self._num_runs:
@@ -165,7 +169,7 @@ class Trainer:
 
     def _end(self, signum: int, where: str) -> None:
         error = Interrupted(signum, where)
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error} (--workdir={self._folder.path})", file=sys.stderr)
         raise SystemExit(error.status)
 
     def _report(

@@ -156,9 +156,12 @@ class Evaluator:
         if drawn and self._latent is not None:
             self._draw_gates(arrays["gate_logits"], history, folder)
         if gates:
+            several = len(gates["kept_by_group"]) > 1
             say(
-                f"\nGates keep {len(gates['kept_layers'])} of {cfg.layers} blocks (expected depth "
-                f"{gates['expected_depth']:.2f}): {gates['kept_layers']}"
+                f"\nGates keep {len(gates['kept_layers'])} of {cfg.layers} blocks"
+                f"{' for tasks in no group' if several else ''} (expected depth"
+                f"{', mean of the groups,' if several else ''} {gates['expected_depth']:.2f}): "
+                f"{gates['kept_layers']}"
             )
         self._last_words(last_shot, outcome, folder, drawn, say)
         return summary
@@ -241,14 +244,17 @@ class Evaluator:
         say: Callable[..., None],
     ) -> None:
         cfg = self._cfg
-        tested = outcome.best.step if outcome.best.step > 0 else outcome.step
         ended = "reached the target" if outcome.reached_target else "ended"
+        which, chose = f"the best checkpoint is of step {outcome.best.step}", ""
+        if outcome.best.step > 0:
+            chose = " and that did not choose the checkpoint"
+        else:
+            which = "no best checkpoint was chosen, and the last state is tested"
         say(
-            f"\nTraining {ended} after {outcome.step} steps; the best checkpoint is of step "
-            f"{tested}. After {cfg.shots - 1} examples it answers\n"
+            f"\nTraining {ended} after {outcome.step} steps; {which}. After {cfg.shots - 1} "
+            f"examples it answers\n"
             f"  {last_shot['seen_train']:6.1%} on tasks it was trained on,\n"
-            f"  {last_shot['unseen_train']:6.1%} on tasks it has never seen and that did not "
-            f"choose the checkpoint,\n"
+            f"  {last_shot['unseen_train']:6.1%} on tasks it has never seen{chose},\n"
             f"  {last_shot['unseen_heldout']:6.1%} on such tasks with inputs never seen either "
             f"(chance: {1 / cfg.p:.1%})."
         )

@@ -14,6 +14,7 @@ Source: Li, Cooper Stickland, Tang, Kong, "Deep Transformers with Latent Depth",
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -68,20 +69,22 @@ class LatentConfig:
     loop: Literal["joint", "groups"] = "joint"
 
     def __post_init__(self) -> None:
-        if self.groups < 1:
-            raise ValueError(f"groups={self.groups}, expected at least 1")
+        for name, least in (("groups", 1), ("soft_steps", 0), ("anneal_steps", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name}={value}, expected a whole number, at least {least}")
         if self.prior not in PRIORS:
             raise ValueError(f"prior={self.prior!r}, expected one of {', '.join(PRIORS)}")
         if self.loop not in ("joint", "groups"):
             raise ValueError(f"loop={self.loop!r}, expected 'joint' or 'groups'")
-        if len(self.beta) != 2 or min(self.beta) < 1 or sum(self.beta) <= 2:
+        object.__setattr__(self, "beta", tuple(self.beta))  # a list has no hash
+        if len(self.beta) != 2 or not min(self.beta) >= 1 or not 2 < sum(self.beta) < float("inf"):
             raise ValueError(
-                f"beta={self.beta}, expected two numbers of at least 1, not both 1: else its "
-                "density has no single greatest value"
+                f"beta={self.beta}, expected two finite numbers of at least 1, not both 1: else "
+                "its density has no single greatest value"
             )
-        for name in ("soft_steps", "anneal_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}, expected at least 0")
+        if not np.isfinite(self.init):
+            raise ValueError(f"init={self.init}, expected a finite number")
         for name in ("kl_weight", "depth_weight", "share_weight", "entropy_weight", "lr"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)}, expected finite and at least 0")
@@ -93,7 +96,7 @@ class LatentConfig:
     @property
     def ramp_end(self) -> int:
         """First step at which every weight is whole."""
-        return self.soft_steps + 2 * self.anneal_steps
+        return self.soft_steps + max(2 * self.anneal_steps, 1)
 
     def check(self, cfg: Config) -> None:
         """Raises ValueError if the decoder cannot have these gates."""
@@ -180,7 +183,10 @@ def check_groups(group_X: jax.Array | np.ndarray, num: int, groups: int) -> None
         raise ValueError(f"groups have shape {np.shape(group_X)}, expected ({num},)")
     if isinstance(group_X, jax.core.Tracer):
         return
-    low, high = int(np.min(group_X)), int(np.max(group_X))
+    ids = np.asarray(group_X)  # of an array on a device np.min is traced inside jit
+    if not num or ids.dtype.kind not in "iu":
+        raise ValueError(f"{num} groups of dtype {ids.dtype}, expected one whole number or more")
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= groups:
         raise ValueError(f"groups from {low} to {high}, expected ids from 0 to {groups - 1}")
 
@@ -191,7 +197,7 @@ def rows_of(gate_GL: jax.Array, group_B: jax.Array | None) -> jax.Array:
         return gate_GL[0]
     if group_B is None:
         raise ValueError(f"{gate_GL.shape[0]} groups, expected the group of each task or row")
-    return gate_GL[group_B].T
+    return gate_GL[jnp.asarray(group_B)].T
 
 
 def task_gates(params: Params, group_W: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -398,8 +404,14 @@ def prune(tree: Any, keep_L: np.ndarray) -> Any:
 
 
 def pruned_config(cfg: Config, keep_L: np.ndarray) -> Config:
-    """`cfg` with as many layers as are kept."""
-    return dataclasses.replace(cfg, layers=int(np.sum(np.asarray(keep_L, bool))))
+    """`cfg` with as many layers as are kept; ValueError if `keep_L` is not of its layers."""
+    return dataclasses.replace(cfg, layers=_count(keep_L, cfg))
+
+
+def _count(keep_L: Sequence[bool], cfg: Config) -> int:
+    if len(keep_L) != cfg.layers:
+        raise ValueError(f"keep_L has {len(keep_L)} layers, expected {cfg.layers}")
+    return int(np.sum(np.asarray(keep_L, bool)))
 
 
 def forward_flops(cfg: Config, *, shots: int, keep_L: Sequence[bool] | None = None) -> int:
@@ -411,7 +423,7 @@ def forward_flops(cfg: Config, *, shots: int, keep_L: Sequence[bool] | None = No
     block, whose projections are of V ids and not of B T tokens: it depends on the batch. The whole
     network with skip=True has neither saving: blocks it computes are at all positions.)
     """
-    kept = cfg.layers if keep_L is None else int(np.sum(np.asarray(keep_L, bool)))
+    kept = cfg.layers if keep_L is None else _count(keep_L, cfg)
     length, width = 3 * shots - 1, cfg.width
     every = np.arange(length)
     answers = every[1::3]

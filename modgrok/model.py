@@ -233,6 +233,8 @@ class Transformer(nn.Module):
                 not go together.
         """
         cfg = self.cfg
+        if gate is not None:
+            gate = jnp.asarray(gate, jnp.float32)  # what came from a file may be of any type
         _check_call(cfg, tokens_BT, positions, capture, gate, skip, patch)
         tokens_BT = tokens_BT[:, :-1]
         embedding_VD = self.param("embedding", normal(0.02), (cfg.vocab, cfg.width))
@@ -334,6 +336,7 @@ def _run_open_blocks(block, stacked, h_BTD):
     Quicker than a `lax.cond` around each block, which copies the stream in and out of its branches
     (benchmarks/modgrok_depth.py), and it compiles one block. Has no reverse mode.
     """
+    stacked = jax.tree.map(jnp.asarray, stacked)  # numpy's cannot be indexed by a traced layer
     gate = stacked[1]
     open_L = (gate != 0).reshape(len(gate), -1).any(1)
     order_L = jnp.argsort(~open_L, stable=True)

@@ -58,6 +58,11 @@ class Plan:
     sequences_per_task: tuple[int, int] = (16, 16)
     rows: int = 1024
 
+    def __post_init__(self) -> None:
+        numbers = self.sequences_per_task
+        if not isinstance(numbers, tuple) or len(numbers) != 2 or min(numbers) < 1:
+            raise ValueError(f"sequences_per_task={numbers}, expected a pair of at least 1 each")
+
 
 class Runs(NamedTuple):
     """What differs between runs; every array has a leading axis of G runs. See `stack_runs`."""
@@ -160,15 +165,21 @@ def advance(
     Args:
         state: of G runs, as `init` makes it. `check_batch` tells whether `plan` fits `runs`.
         together: runs in one batch of operations on a device, `default_together()` if None.
-            Changes numbers by rounding at most.
+            Changes numbers by rounding at most; with 1, a run on a CPU has the same bits
+            whichever others are beside it.
         mesh, axis: spread the runs over the devices along this axis, which divide them.
     Raises:
-        ValueError: if the devices do not divide the runs, or `together` is below 1.
+        ValueError: if the devices do not divide the runs, the mesh has no such axis, or `together`
+            or `num_steps` is below 1.
     """
     if together is None:
         together = default_together()
     if together < 1:
         raise ValueError(f"together={together}, expected at least 1")
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps}, expected at least 1")
+    if mesh is not None and axis not in mesh.shape:
+        raise ValueError(f"axis={axis!r}, expected one of {', '.join(mesh.shape)}")
     inner = functools.partial(_advance_all, plan=plan, num_steps=num_steps, together=together)
     if mesh is None:
         return inner(state, runs)
@@ -194,10 +205,15 @@ def default_together(platform: str | None = None) -> int:
 def _advance_all(state, runs, *, plan, num_steps, together):
     one = functools.partial(_advance_one, plan=plan, num_steps=num_steps)
     num_runs = state.step.shape[0]
-    if together >= num_runs:
+    if _side_by_side(together, num_runs):
         return jax.vmap(one)(state, runs)
     batch_size = None if together == 1 else together
     return jax.lax.map(lambda pair: one(*pair), (state, runs), batch_size=batch_size)
+
+
+def _side_by_side(together: int, num_runs: int) -> bool:
+    """In turns also a run that is alone: so compiled, it has the bits that it has among others."""
+    return together > 1 and num_runs <= together
 
 
 def _advance_one(
@@ -284,7 +300,7 @@ def memory_bytes(
     cfg, on_cpu = plan.cfg, (platform or jax.default_backend()) == "cpu"
     like = jax.eval_shape(functools.partial(init, plan=plan), jax.random.split(jax.random.key(0)))
     state = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(like))
-    states = runs if together >= runs else 2 * runs + together
+    states = runs if _side_by_side(together, runs) else 2 * runs + together
     length = 3 * plan.shots - 1
     vectors = cfg.width * (10 + 2 * cfg.mlp_ratio) * length
     scores = 3 * cfg.heads * length**2

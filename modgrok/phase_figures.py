@@ -98,6 +98,8 @@ def transience(
 ) -> "Figure":
     """Best against last accuracy on unseen tasks, and the step of the best.
 
+    Dots are runs; lines are medians over those with the same tasks and inputs (seeds).
+
     Args:
         best_G, last_G: accuracy of the reported unseen tasks at the step that the deciding ones
             chose, and at the last step.   best_step_G: that step; -1 (never) is not drawn.
@@ -122,9 +124,12 @@ def transience(
     bar.ax.set_yticklabels([str(n) for n in n_N])
     for alpha in np.unique(fraction_G):
         at_G = (fraction_G == alpha) & (best_step_G >= 0)
-        order = np.argsort(num_tasks_G[at_G], kind="stable")
-        x_G, y_G = num_tasks_G[at_G][order], best_step_G[at_G][order]
-        right.plot(x_G, y_G, "o-", ms=4, lw=1, label=f"alpha = {alpha:g}")
+        x_G, y_G = num_tasks_G[at_G], best_step_G[at_G]
+        x_X = np.unique(x_G)
+        (line,) = right.plot(
+            x_X, [np.median(y_G[x_G == x]) for x in x_X], lw=1, label=f"alpha = {alpha:g}"
+        )
+        right.plot(x_G, y_G, "o", ms=4, color=line.get_color())
     right.set(xlabel="tasks trained on, n", ylabel="step of the best", ylim=(0, None))
     right.set_xscale("log", base=2)
     right.set_xticks(n_N, [str(n) for n in n_N])
@@ -142,12 +147,13 @@ def all_figures(arrays: Mapping[str, np.ndarray]) -> dict[str, "Figure"]:
     decays = np.unique(x["weight_decay_G"])
     drawn = {}
     for layers in np.unique(x["layers_G"]):
-        for decay in decays:
+        for decay in decays.tolist():
             at_G = (x["layers_G"] == layers) & (x["weight_decay_G"] == decay)
             if not at_G.any():
                 continue
-            name = f"L{layers}" + (f"_w{decay:g}" if len(decays) > 1 else "")
-            title = f"{layers} blocks" + (f", decay {decay:g}" if len(decays) > 1 else "")
+            # With all its digits: two that nearly agree are two diagrams.
+            name = f"L{layers}" + (f"_w{decay}" if len(decays) > 1 else "")
+            title = f"{layers} blocks" + (f", decay {decay}" if len(decays) > 1 else "")
             grid = x["num_tasks_G"][at_G], x["input_fraction_G"][at_G]
             for which, words in (("best", "at the best step"), ("last", "at the last step")):
                 drawn[f"phase_{name}_{which}"] = diagram(

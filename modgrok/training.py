@@ -280,8 +280,9 @@ def _check_step(state, tokens_BT, cfg, micro_batches, ema_decay, latent, gate_ke
     latent.check(cfg)
     if gate_key is None or (group_B is None) != (latent.groups == 1):
         raise ValueError(
-            f"latent depth needs gate_key, and group_B for several groups: got gate_key="
-            f"{gate_key}, group_B={group_B} for groups={latent.groups}"
+            f"latent depth needs gate_key, and group_B for several groups: got "
+            f"{'no' if gate_key is None else 'a'} gate_key and "
+            f"{'no' if group_B is None else 'a'} group_B for groups={latent.groups}"
         )
     if group_B is not None:
         latent_depth.check_groups(group_B, rows, latent.groups)

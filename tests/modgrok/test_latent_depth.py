@@ -153,7 +153,9 @@ def test_ramps_start_at_zero_never_fall_and_do_not_jump():
         assert ramp[-1] == 1
     assert late[latent.ramp_end] == 1
     assert late[latent.ramp_end - 1] < 1
-    assert LatentConfig(soft_steps=0, anneal_steps=0).ramp_end == 0
+    at_once = LatentConfig(soft_steps=3, anneal_steps=0)
+    assert np.array(latent_depth.ramps(at_once, at_once.ramp_end)).tolist() == [1, 1]
+    assert latent_depth.ramps(at_once, at_once.ramp_end - 1)[1] == 0
 
 
 # Samples
@@ -309,10 +311,15 @@ def test_depth_falls_to_its_target():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"groups": 0}, "groups=0, expected at least 1"),
+        ({"groups": 0}, "groups=0, expected a whole number, at least 1"),
+        ({"groups": 1.5}, "groups=1.5, expected a whole number"),
         ({"prior": "flat"}, "prior='flat', expected one of uniform, aggregated, beta"),
         ({"loop": "both"}, "loop='both', expected 'joint' or"),
-        ({"beta": (0.5, 2.0)}, r"beta=\(0.5, 2.0\), expected two numbers of at least 1"),
+        ({"beta": (0.5, 2.0)}, r"beta=\(0.5, 2.0\), expected two finite numbers of at least 1"),
+        ({"beta": (float("nan"), 2.0)}, "expected two finite numbers"),
+        ({"beta": [float("inf"), 2.0]}, "expected two finite numbers"),
+        ({"init": float("inf")}, "init=inf, expected a finite number"),
+        ({"anneal_steps": 1.5}, "anneal_steps=1.5, expected a whole number"),
         ({"beta": (1.0, 1.0)}, "not both 1"),
         ({"soft_steps": -1}, "soft_steps=-1"),
         ({"kl_weight": -0.1}, "kl_weight=-0.1, expected finite and at least 0"),
@@ -356,8 +363,34 @@ def test_groups_must_be_those_of_the_tasks(length):
             latent_depth.check_groups(np.array(group_W), 4, 2)
         with pytest.raises(ValueError, match="expected ids from 0 to 1"):
             latent_depth.task_gates(params_of(2), np.array(group_W))
+    for group_W in (np.zeros(0, np.int32), np.zeros(3)):
+        with pytest.raises(
+            ValueError, match=rf"{len(group_W)} groups of dtype .*, expected one whole"
+        ):
+            latent_depth.check_groups(group_W, len(group_W), 2)
     with pytest.raises(ValueError, match="2 groups, expected the group of each task or row"):
         latent_depth.task_gates(params_of(2))
+
+
+@pytest.mark.parametrize("kind", [list, np.array, jnp.array])
+def test_groups_that_jit_closes_over(kind):
+    params, group_W = params_of(2), kind([0, 1, 1, 0])
+    inside = jax.jit(lambda params: latent_depth.task_gates(params, group_W))(params)
+    wanted = latent_depth.rounded(params["gates"]["logits_GL"])[np.array([0, 1, 1, 0])]
+    np.testing.assert_array_equal(inside[0], wanted)
+
+
+def test_gates_and_parameters_of_any_type_can_be_skipped():
+    """As they come from files: numpy's arrays, and doubles where these are on."""
+    params, tokens_BT = jax.tree.map(np.asarray, params_of()), batch_at(0)
+    gate = [1.0] + [0.0] * (CFG.layers - 2) + [1.0]
+    wanted = apply(params, tokens_BT, CFG, gate=jnp.array(gate))
+    with jax.enable_x64(True):
+        for given in (gate, np.array(gate), jnp.array(gate)):
+            for skip in (True, False):
+                found = apply(params, tokens_BT, CFG, gate=given, skip=skip)
+                assert found.dtype == jnp.float32
+                np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 # Figures

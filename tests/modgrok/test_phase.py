@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +57,8 @@ def stacked(**options):
     return jnp.stack([key[0] for key in keys]), runs
 
 
-def train(plan, *, calls=2, steps=STEPS, **options):
-    keys_G, runs = stacked(sizes=SIZES)
+def train(plan, *, calls=2, steps=STEPS, count=None, **options):
+    keys_G, runs = jax.tree.map(lambda x: x[:count], stacked(sizes=SIZES))
     state, records = phase.init(keys_G, plan=plan), []
     for _ in range(calls):
         state, record = phase.advance(state, runs, plan=plan, num_steps=steps // calls, **options)
@@ -116,11 +120,28 @@ def one_by_one():
 
 
 def test_a_run_is_what_it_is_alone(one_by_one):
-    """Batches are equal bit for bit; a few steps agree to 1e-6, since compilers fuse otherwise.
-
-    Later AdamW's division by the root of tiny second moments makes more of a last bit.
-    """
     assert_like_alone(make_plan(ema_decay=0.9), *one_by_one, cells=(0, 1))
+
+
+@pytest.mark.slow
+def test_in_turns_it_has_the_same_bits_alone_and_among_others():
+    """As XLA compiles by default, in a process of its own: with the suite's flags one differs."""
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run(
+        [sys.executable, "-c", "from tests.modgrok import test_phase as t; t.compare_first_runs()"],
+        env=environment | {"JAX_NUM_CPU_DEVICES": "1"},
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+
+
+def compare_first_runs():
+    """After steps enough for Muon to make .01 of a last bit that differs."""
+    optimizer = modgrok.OptimizerConfig("muon", lr=0.03, warmup_steps=2, schedule_steps=200)
+    plan = dataclasses.replace(make_plan(), optimizer=optimizer)
+    found = [train(plan, steps=60, calls=1, together=1, count=count) for count in (1, 4)]
+    alone, among = ((state.params, records) for state, records in found)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[0], y[0]), alone, among)
 
 
 @pytest.mark.slow
@@ -244,6 +265,13 @@ def test_memory_by_platform():
         (lambda: phase.check_batch(make_plan(batch=20), stacked()[1]), "batch=20 is not a mult"),
         (lambda: phase.stack_runs([], [], weight_decay=[], batch_keys=[], test_keys=[]), "at lea"),
         (lambda: phase.summarise(np.arange(2), None, None, by="seen_train"), "by='seen_train'"),
+        (lambda: make_plan(sequences_per_task=(4, 0)), r"sequences_per_task=\(4, 0\), expected a"),
+        (lambda: make_plan(sequences_per_task=4), "sequences_per_task=4, expected a pair"),
+        (lambda: train(make_plan(), steps=0), "num_steps=0, expected at least 1"),
+        (
+            lambda: train(make_plan(), mesh=jax.make_mesh((1,), ("data",)), axis="x"),
+            "axis='x', expected one of data",
+        ),
     ],
 )
 def test_bad_requests(call, words):

@@ -44,7 +44,7 @@ def test_figures_of_each_depth_and_decay(decays):
         }
     )
     assert len(drawn) == 3 * 2 * len(decays)
-    figure = drawn["phase_L2_best" if len(decays) == 1 else "phase_L2_w1_best"]
+    figure = drawn["phase_L2_best" if len(decays) == 1 else "phase_L2_w1.0_best"]
     panels = figure.axes[:4]
     assert [len(axes.texts) for axes in panels] == [6] * 4
     for axes in panels:  # one line, from the bottom to the top, after the first column
