@@ -77,11 +77,13 @@ class TrainConfig:
         "gates for each group of tasks: none (one group), ratio (of b/a), rectangle, random, or a "
         "JSON file, a list of groups, each a list of tasks [a, b]",
     )
-    gate_groups: int = field(4, "number of random groups, equal in size", min=1)
+    gate_groups: int = field(4, "number of random groups, equal in size", min=2)
     gate_prior: Literal["uniform", "aggregated", "beta"] = field(
         "uniform", "of a gate: 1/2, the mean over groups, or a Beta density"
     )
-    gate_beta: tuple[float, ...] = field((1.0, 2.0), "the two numbers of that density", min=1)
+    gate_beta: tuple[float, ...] = field(
+        (1.0, 2.0), "the two numbers of that density", min=1, max=1e6
+    )
     gate_kl_weight: float = field(0.01, "of the mean divergence from the prior", min=0)
     gate_depth_weight: float = field(1.25, "of (depth - target_depth)^2 / layers", min=0)
     gate_share_weight: float = field(0.0, "of the term that makes groups agree", min=0)
@@ -96,7 +98,7 @@ class TrainConfig:
         min=0,
     )
     gate_tau: float = field(5.0, "temperature of the samples", min=1e-3)
-    gate_init: float = field(2.0, "first logit of every gate")
+    gate_init: float = field(2.0, "first logit of every gate", min=-1e6, max=1e6)
     gate_lr: float = field(0.02, "Adam's rate of the logits, constant, without decay", min=0)
     gate_loop: Literal["joint", "groups"] = field(
         "joint", "groups in one pass, or one after another"
@@ -318,8 +320,12 @@ def check_groups(cfg: TrainConfig, workdir: str | os.PathLike[str]) -> None:
     if path is None or not own.exists() or not path.exists():
         return
     try:
-        same = json.loads(path.read_text()) == json.loads(own.read_text())
-    except ValueError:
+        begun_with = json.loads(own.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--workdir={workdir}: {own} cannot be read ({error})") from error
+    try:
+        same = json.loads(path.read_text()) == begun_with
+    except (OSError, ValueError):
         same = False
     if not same:
         raise UsageError(

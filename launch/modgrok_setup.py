@@ -78,10 +78,23 @@ def task_groups(
     """
     if not cfg.latent_depth or cfg.task_groups == "none":
         return None
+    group_W = _task_groups(cfg, tasks, workdir)
+    if not group_W.any():
+        raise UsageError(
+            f"--task_groups={cfg.task_groups}: puts all {len(group_W)} tasks into one group; "
+            "expected two groups or more, or none"
+        )
+    return group_W
+
+
+def _task_groups(
+    cfg: TrainConfig, tasks: modgrok.TaskSplit, workdir: str | os.PathLike[str] | None
+) -> np.ndarray:
     flag = f"--task_groups={cfg.task_groups}"
-    if cfg.task_groups == "ratio":
-        return groups.by_ratio(tasks.train_W2, cfg.p)
+    path = None
     try:
+        if cfg.task_groups == "ratio":
+            return groups.by_ratio(tasks.train_W2, cfg.p)
         if cfg.task_groups == "rectangle":
             return groups.by_rectangle(len(tasks.train_W2))
         if cfg.task_groups == "random":
@@ -95,7 +108,8 @@ def task_groups(
             f"{flag}: {error.strerror}; expected none, ratio, rectangle, random, or a JSON file"
         ) from error
     except ValueError as error:
-        raise UsageError(f"{flag}: {error}") from error
+        where = f"{path}: " if path not in (None, group_file(cfg)) else ""
+        raise UsageError(f"{flag}: {where}{error}") from error
 
 
 def model_config(cfg: TrainConfig) -> modgrok.Config:

@@ -26,6 +26,7 @@ from modgrok.model import Config, Params
 
 PRIORS = ("uniform", "aggregated", "beta")
 _TINY = 1e-7
+_HUGE = 1e38  # float32 ends not far above
 # Steps are numbered from 0 to 2^31, so that no batch is drawn with this key.
 _GATES = np.uint32(2**32 - 1)
 
@@ -78,13 +79,13 @@ class LatentConfig:
         if self.loop not in ("joint", "groups"):
             raise ValueError(f"loop={self.loop!r}, expected 'joint' or 'groups'")
         object.__setattr__(self, "beta", tuple(self.beta))  # a list has no hash
-        if len(self.beta) != 2 or not min(self.beta) >= 1 or not 2 < sum(self.beta) < float("inf"):
+        if len(self.beta) != 2 or not min(self.beta) >= 1 or not 2 < sum(self.beta) < _HUGE:
             raise ValueError(
                 f"beta={self.beta}, expected two finite numbers of at least 1, not both 1: else "
                 "its density has no single greatest value"
             )
-        if not np.isfinite(self.init):
-            raise ValueError(f"init={self.init}, expected a finite number")
+        if not abs(self.init) < _HUGE:
+            raise ValueError(f"init={self.init}, expected a finite number of float32")
         for name in ("kl_weight", "depth_weight", "share_weight", "entropy_weight", "lr"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)}, expected finite and at least 0")

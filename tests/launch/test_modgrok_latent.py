@@ -83,8 +83,16 @@ def test_groups_of_tasks_from_a_file(program, gated, tmp_path):
     message = f"--task_groups={path}: is not what the run in {workdir} was begun with"
     assert_refused(program(*args), message, f"expected the groups of {workdir}/task_groups.json")
     path.write_text(before.replace(" ", ""))
+    own = workdir / "task_groups.json"
+    copy = own.read_text()
+    own.write_text("[[")
+    assert_refused(program(*args), f"--workdir={workdir}: {own} cannot be read")
+    own.write_text(copy)
     assert program(*args)[0] == 0
     path.unlink()
+    own.write_text("[[")
+    assert_refused(program(*args), f"--task_groups={path}: {own}: Expecting value")
+    own.write_text(copy)
     assert program(*args)[0] == 0
     output = tmp_path / "small.npz"
     modgrok_export.main(ExportConfig(str(workdir), str(output), which="latest", group="1"))
@@ -112,6 +120,16 @@ BAD = [
     (["--norm=both"], "--norm=both: expected one of pre, post"),
     (["--task_groups=rectangle"], "--task_groups=rectangle: expected --task_rule=rectangular"),
     (["--task_groups=random", "--gate_groups=5"], "--gate_groups=5: expected a divisor of"),
+    (
+        ["--task_groups=random", "--gate_groups=1"],
+        "--gate_groups=1: expected an integer at least 2",
+    ),
+    (
+        ["--task_groups=ratio", "--num_tasks=1"],
+        "--task_groups=ratio: puts all 1 tasks into one group",
+    ),
+    (["--gate_init=1e39"], "--gate_init=1e39: expected a finite number at least -1000000"),
+    (["--gate_prior=beta", "--gate_beta=1e39,2"], "--gate_beta=1e39,2: expected a comma-separated"),
     (["--task_groups=nowhere.json"], "--task_groups=nowhere.json: No such file or directory"),
     (["--gate_beta=1,1"], "--gate_beta=1,1: expected two numbers, not both 1"),
     (["--gate_tau=0"], "--gate_tau=0: expected a finite number at least 0.001"),
