@@ -114,9 +114,10 @@ def _closure_converted(fn: Callable, *example: Any) -> tuple[Callable, list[jax.
     closed = jax.make_jaxpr(fn)(*example)
     traced = [x for x in closed.consts if isinstance(x, jax.core.Tracer)]
     fixed = [None if isinstance(x, jax.core.Tracer) else x for x in closed.consts]
-    jaxpr = closed.jaxpr
-
-    count = len(example)  # `converted` outlives this trace, and so may hold nothing traced
+    count, jaxpr = len(example), closed.jaxpr
+    # `converted` outlives this trace, and so may hold nothing traced: from jax 0.12 a jaxpr would.
+    if hasattr(jaxpr, "with_consts"):
+        jaxpr = jaxpr.with_consts(fixed)
 
     def converted(*given: Any) -> jax.Array:
         own, traced = given[:count], iter(given[count:])
