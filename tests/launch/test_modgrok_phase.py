@@ -22,6 +22,7 @@ from launch import (
     rundir,
 )
 from launch.modgrok_phase_trainer import Trainer
+from modgrok import phase
 
 assert_refused = functools.partial(programs.assert_refused, program="modgrok_phase")
 program = fixture_for(modgrok_phase, "--devices=1")
@@ -317,6 +318,39 @@ def test_interrupted_and_with_damaged_checkpoints(program, tmp_path, whole, monk
         assert ("begin again" in answer[2]) == damaged
         assert not list((folder / "checkpoints").iterdir())
         assert_equal(saved(folder), saved(whole))
+
+
+def test_damaged_checkpoints_stay_when_their_chunk_is_finished(tmp_path):
+    cell = modgrok_phase_config.Cell(1, 4, 0.8, 0.3, 0)
+    chunk = tmp_path / "checkpoints" / "L1-x"
+    (chunk / "damaged" / "latest").mkdir(parents=True)
+    (chunk / "damaged" / "latest" / "weights").write_text("torn")
+    (chunk / "runs.json").write_text(json.dumps([cell]))
+    modgrok_phase_folder.remove_finished(tmp_path)
+    assert chunk.exists()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / f"{cell.name}.npz").touch()
+    modgrok_phase_folder.remove_finished(tmp_path)
+    assert not chunk.exists()
+    (kept,) = (tmp_path / "damaged").glob("*/latest/weights")
+    assert kept.read_text() == "torn"
+
+
+def test_a_large_chunk_is_tried_at_the_size_of_the_grid_at_most(
+    program, tmp_path, whole, monkeypatch
+):
+    asked = []
+
+    def bytes_of(plan, *, runs, **options):
+        asked.append(runs)
+        assert runs <= 2
+        return 1
+
+    monkeypatch.setattr(phase, "memory_bytes", bytes_of)
+    shutil.copytree(whole, tmp_path / "run")
+    said = program(*SMALL, f"--workdir={tmp_path}/run", "--nofigures", "--chunk=1000000000")
+    assert summary(said)["runs_trained"] == 0
+    assert max(asked) == 2
 
 
 @pytest.mark.parametrize(
