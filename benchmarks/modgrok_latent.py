@@ -310,7 +310,7 @@ def experiments(args: argparse.Namespace) -> dict[str, tuple[list[Run], Any]]:
         "hundred": (hundred, other_blocks),
         "transience": (transience, None),
         "groups": (groups, None),
-        "plain": ([change(base, gated=False)], None),
+        "plain": ([change(base, seed=s, gated=False) for s in args.seeds], None),
     }
 
 

@@ -28,7 +28,7 @@ CONTROLS = ("random", "ratio_matching", "bayes")
 OF_THE_RUN = ("p", "shots", "heads", "num_tasks", "task_rule", "num_unseen", "input_fraction")
 OF_THE_RUN += ("exclude_zero", "reference_sampling", "extra_tokens")
 NEEDED = ("p", "shots", "num_tasks", "input_fraction")
-INPUT = "input"  # of an array: the digest of the files that were looked at
+INPUT = "input"  # of an array: the digest of the files looked at and of the programs that looked
 _REFERENCE_EXTRA = 18  # unused entries of the vocabulary of the paper's code
 
 
@@ -146,9 +146,17 @@ def _files(cfg: InspectConfig) -> Iterable[Path]:
     return (path / rundir.CONFIG, *sorted(x for x in folder.rglob("*") if x.is_file()))
 
 
+def _instruments() -> Iterable[Path]:
+    """The programs that measure."""
+    here = Path(__file__)
+    own = here.parent.glob(f"{PROGRAM.removesuffix('inspect')}in*.py")
+    return sorted([*own, *(here.parents[1] / "modgrok").glob("*.py")])
+
+
 def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> tuple[Any, str]:
     """Everything that is known to be good before anything is written, and its files' digest."""
-    digest = program.digest(_files(cfg))  # before they are read
+    # Before they are read; what another version measured is not taken up.
+    digest = program.digest([*_files(cfg), *_instruments()])
     if Path(cfg.checkpoint).is_dir():
         run, model, params, source = _from_run(cfg)
     else:

@@ -195,13 +195,12 @@ def _heads_page(own: dict[str, Any], about: About) -> list[str]:
         f"({features['degrees_of_freedom']} degrees of freedom), with 95 % of shuffled tokens in "
         "brackets; cosine similarity within ratios minus between. Scores are means over "
         "repetitions, shuffles and p-values of the first alone; those of x/y rename x and y alike "
-        "(at z, which depends on both, that is no test). Multiplications and powers are renamings "
-        "that keep the ratios together, so that it need not reach the smallest value there is"
+        "(at z, which depends on both, that is no test)"
         + (
-            ", and at p = 5 so many keep these, and the fits of circles and embedding, that none "
-            "of it is a test."
+            ". At p = 5 they part the ratios in 3 ways, and so many keep the fits of circles and "
+            "embedding, that none of it is a test."
             if about.modulus == 5
-            else "."
+            else ", to other ratios than the true ones."
         ),
         table(
             [

@@ -90,15 +90,19 @@ def _one_context(what, context_T, task_2, key, *, shot, rows, sharding, p, num):
         share_LFM = fourier.pair_shares(hidden_LFpp, modulus=p, kind=kind)
         row[f"neuron_{kind}_RLF"] = fourier.best(share_LFM).share_G
     similar = {}
-    for place, at in (("y", 1), ("z", 2)):
+    for place, at, shuffles in (("y", 1, num), ("z", 2, 0)):
         maps = jax.lax.map(interpret.similarity, seen.residual_LN3D[:, :, at])
         similar[place] = maps.astype(jnp.float16)
         sides = (seen.head_LHN3D[:, :, :, at], seen.residual_LN3D[:, None, :, at])
         scores = [
-            interpret.ratio_similarity(side.reshape(-1, *side.shape[2:]), key, modulus=p, num=num)
+            interpret.ratio_similarity(
+                side.reshape(-1, *side.shape[2:]), key, modulus=p, num=shuffles
+            )
             for side in sides
         ]
         for name in interpret.RatioScores._fields:
+            if name.startswith("null") and not shuffles:  # a x + b y is read there: it has no null
+                continue
             values = [getattr(one, name) for one in scores]
             joined = [x.reshape(*x.shape[:-1], layers, -1) for x in values]
             axes = "RZLX" if name.startswith("null") else "RLX"

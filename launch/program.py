@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -117,6 +117,7 @@ def _anew(program: Program, cfg: RunConfig, say: Callable[..., None]) -> dict[st
     workdir = cfg.workdir or str(rundir.new_folder(program.name))
     saved = {**dataclasses.asdict(cfg), "workdir": workdir}
     with (
+        _named(workdir),
         rundir.hold(workdir),
         rundir.RunDir(workdir, saved, program=program.name) as folder,
     ):
@@ -132,6 +133,16 @@ def _anew(program: Program, cfg: RunConfig, say: Callable[..., None]) -> dict[st
         folder.scalars(steps, {**result, **last})
     say(f"files and figures: {workdir}")
     return {"workdir": workdir, **result}
+
+
+@contextlib.contextmanager
+def _named(workdir: str) -> Iterator[None]:
+    """Ctrl-C names the folder, which a command without --workdir would not find again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        text = f"; the same command with --workdir={workdir} takes it up again"
+        raise KeyboardInterrupt(text) from None
 
 
 def _again(program: Program, cfg: RunConfig, row: dict[str, Any]) -> dict[str, Any]:
@@ -225,9 +236,8 @@ def cli(program: Program, cls: type, presets: flags.Presets, doc: str | None) ->
     def guarded(cfg: RunConfig) -> int:
         try:
             return main(program, cfg)
-        except KeyboardInterrupt:
-            text = "stopped, without a result; the same command takes it up again"
-            print(f"{program.name}: {text}", file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            print(f"{program.name}: stopped, without a result{stop}", file=sys.stderr)
             return 130
         except FloatingPointError as error:
             print(f"{program.name}: {error}", file=sys.stderr)

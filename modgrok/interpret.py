@@ -15,6 +15,7 @@ definitions are ours.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ from modgrok.model import Config, Params, apply
 from modgrok.oracles import matches
 from modgrok.sequences import in_batches, spread
 from modgrok.tasks import check_modulus, inverses
+
+# Up to this modulus renamed tokens have few partitions into ratios; at 11 there are 90720.
+_FEW_PARTITIONS = 7
 
 
 class Subject(NamedTuple):
@@ -308,8 +312,11 @@ def ratio_similarity(
     through tokens without an order, the p-value (1 + #null >= found) / (1 + R) is at most .05
     one time in twenty or less. One that reads z = a x + b y is no such feature, and has none.
 
+    Multiplications and powers of all tokens keep the classes. So p = 5 and 7 have 2 and 59 other
+    partitions, and the null has each at most once.
+
     Args:
-        feature_GND: rows are all p^2 inputs, x slowest.   num: R.
+        feature_GND: rows are all p^2 inputs, x slowest.   num: R, or fewer if p = 5 or 7.
     Raises:
         ValueError: if p < 5, for which there are no pairs between, or rows are not p^2.
     """
@@ -321,10 +328,8 @@ def ratio_similarity(
             f"feature_GND has shape {feature_GND.shape}, expected p^2 = {modulus**2} rows each"
         )
     side = modulus - 1
-    nonzero = np.arange(1, modulus)
-    # Of (x, y), from 0 to p - 2.
-    ratio = nonzero[:, None] * inverses(modulus)[nonzero] % modulus - 1
-    orders = jax.vmap(lambda k: jax.random.permutation(k, side))(jax.random.split(key, num))
+    ratio = _ratios(modulus)
+    orders = _renamings(key, modulus, num)
     orders = jnp.concatenate([jnp.arange(side, dtype=orders.dtype)[None], orders])
 
     def one(feature_ND):
@@ -349,3 +354,28 @@ def ratio_similarity(
 
     scores = jax.lax.map(one, feature_GND)
     return scores._replace(null_RG=scores.null_RG.T)
+
+
+def _ratios(modulus: int) -> np.ndarray:
+    """x / y - 1 of the non-zero tokens, x in rows."""
+    nonzero = np.arange(1, modulus)
+    return nonzero[:, None] * inverses(modulus)[nonzero] % modulus - 1
+
+
+def _renamings(key: jax.Array, modulus: int, num: int) -> jax.Array:
+    """Permutations, each from 0 to p - 2, of the non-zero tokens."""
+    if modulus > _FEW_PARTITIONS:
+        keys = jax.random.split(key, num)
+        return jax.vmap(lambda k: jax.random.permutation(k, modulus - 1))(keys)
+    orders = _partitions(modulus)[1:]
+    return jnp.asarray(orders)[jax.random.permutation(key, len(orders))[:num]]
+
+
+@functools.cache
+def _partitions(modulus: int) -> np.ndarray:
+    """One permutation for each way to part pairs of tokens into ratios, the usual way first."""
+    ratio, found = _ratios(modulus), {}
+    for order in itertools.permutations(range(modulus - 1)):
+        labels = ratio[np.ix_(order, order)].ravel().tolist()
+        found.setdefault(tuple(map(labels.index, labels)), order)
+    return np.array(list(found.values()))

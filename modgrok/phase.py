@@ -289,6 +289,8 @@ def memory_bytes(
     a block (with mlp_ratio 4) and three tables of scores, half of that in the last block, which
     goes on at the answers alone. A test, without a backward pass, has one block's MLP and scores.
 
+    Its tasks and inputs, 8 bytes a row, matter only where p is in the hundreds.
+
     Of XLA's own count on a CPU it is .9 to 1.4 where states or training take the most (depths 1 to
     24, in turns, in pairs and together, bfloat16, remat) and two to three times that where a test
     does. On an NVIDIA GPU, five float32 plans of width 32 to 512: 1.05 to 1.41.
@@ -317,7 +319,8 @@ def memory_bytes(
     test = item * cfg.width * (4 + cfg.mlp_ratio) * length + 4 * scores
     test = min(plan.rows, max(tests)) * test + 24 * plan.shots * sum(tests)
     work = 4 * cfg.num_params + max(int(train), test)
-    return states * state + min(runs, together) * work
+    data = 8 * (sum(num_tasks) + plan.modulus**2)
+    return states * state + runs * data + min(runs, together) * work
 
 
 # Reading the records -----------------------------------------------------------------------------

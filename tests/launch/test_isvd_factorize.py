@@ -279,7 +279,7 @@ def test_a_run_that_did_not_end_starts_again(finished, tmp_path, program, monkey
         patch.setattr(isvd_common, "compiled_svd", interrupt)
         status, out, err = program(*flags)
         assert (status, out) == (130, "")
-        assert "stopped, without a result; the same command takes it up again" in err
+        assert f"stopped, without a result; the same command with --workdir={tmp_path}/run" in err
     assert summary(program(*flags))["singular_values"] == said["singular_values"]
     assert len(metrics.read_text().splitlines()) == 1
 

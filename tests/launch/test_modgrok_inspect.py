@@ -214,7 +214,7 @@ def test_a_page_without_interventions(program, file, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_page_goes_on_after_the_stages_that_are_done(program, file, tmp_path, monkeypatch):
-    """And begins again where the checkpoint is another one since."""
+    """And begins again where the checkpoint, or what measures, is another one since."""
     model = tmp_path / "model.npz"
     model.write_bytes(file.read_bytes())
     flags = (f"--checkpoint={model}", *OF_THE_FILE, "--controls=bayes", "--nofigures")
@@ -240,8 +240,14 @@ def test_a_killed_page_goes_on_after_the_stages_that_are_done(program, file, tmp
         interop.save_reference(model, init_params(jax.random.key(1), cfg), cfg)
         assert call()[0] == 130
         assert len(asked) == 2
+        with patch.context() as version:
+            version.setattr(modgrok_inspect, "_instruments", lambda: [model])
+            assert call()[0] == 130
+            assert len(asked) == 3
+        assert call()[0] == 130
+        assert len(asked) == 4
     summary(call())
-    assert len(asked) == 3  # of Bayes
+    assert len(asked) == 5  # of Bayes
     at_once = tmp_path / "at_once"
     summary(program(*flags, f"--workdir={at_once}"))
     text = (at_once / "scores.json").read_text()
