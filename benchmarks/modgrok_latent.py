@@ -11,7 +11,7 @@ decoder to its target; `transience` follows unseen tasks
 in a deep decoder with and without gates; `groups` asks whether task groups share blocks.
 
 Each run is one line of OUTPUT/EXPERIMENT.jsonl, written when it ends, and a run whose line is there
-is not trained again. Tables go to stdout; `stability` also writes OUTPUT/gradients.png.
+is not trained again. Tables go to stdout; of 100 blocks OUTPUT/EXPERIMENT_gradients.png is drawn.
 """
 
 import argparse
@@ -352,13 +352,13 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw_gradients(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Gradient norm by block at the first and at the last step, of each kind's first run."""
+    """Gradient norm by block at the steps on record, of each kind's first run."""
     norms: dict[str, Any] = {}
     for row in filter(lambda row: row["norms"], rows):  # of 100 blocks or more
-        steps = sorted(row["norms"], key=int)
-        for step in (steps[0], steps[-1]):
-            norms.setdefault(f"{row['kind']}, step {step}", row["norms"][step])
-    latent_figures.gradient_by_block(norms).savefig(path)
+        by_step = sorted(row["norms"].items(), key=lambda item: int(item[0]))
+        norms.setdefault(row["kind"], {f"step {step}": norm_L for step, norm_L in by_step})
+    if norms:
+        latent_figures.gradient_by_block(norms).savefig(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -395,8 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             shown.append(summary(row))
         columns = {k: v for k, v in COLUMNS.items() if any(row.get(k) is not None for row in shown)}
         print(f"\n{name}\n{timing.table(shown, columns)}", flush=True)
-        if name == "stability":
-            draw_gradients(shown, output / "gradients.png")
+        draw_gradients(shown, output / f"{name}_gradients.png")
 
 
 if __name__ == "__main__":

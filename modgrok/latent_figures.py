@@ -75,15 +75,27 @@ def depth_curves(history: Mapping[str, ArrayLike], *, target: float | None = Non
     return figure
 
 
-def gradient_by_block(norms: Mapping[str, Sequence[float]], *, title: str = "") -> "Figure":
-    """Gradient norm of each block's parameters, one curve for each name, logarithmic."""
-    figure = new_figure(height=4.0)
-    axes = figure.subplots()
-    axes.set(title=title or "Gradients", xlabel="block", ylabel="gradient norm", yscale="log")
-    for name, norm_L in norms.items():
-        # A closed block has gradient 0, which a logarithm does not show: a gap.
-        norm_L = np.asarray(norm_L, float)
-        axes.plot(np.where(norm_L > 0, norm_L, np.nan), marker=".", lw=0.8, label=name)
-    whole_numbers(axes.xaxis)
-    axes.legend(frameon=False, fontsize="small", ncols=2)
+def gradient_by_block(norms: Mapping[str, Mapping[str, Sequence[float]]]) -> "Figure":
+    """Gradient norm of each block's parameters, logarithmic: a panel of curves for each network.
+
+    Args:
+        norms: of each network, by its name, the norms of its blocks by what each curve is called,
+            such as "step 100". Curves of one name have one colour.
+    """
+    if not norms:
+        raise ValueError("norms is empty, expected those of a network or more")
+    figure = new_figure(height=3.4, width=3.2 * len(norms) + 1)
+    names = list(dict.fromkeys(name for curves in norms.values() for name in curves))
+    for axes, (network, curves) in zip(
+        figure.subplots(1, len(norms), sharey=True, squeeze=False)[0], norms.items(), strict=True
+    ):
+        axes.set(title=network, xlabel="block", yscale="log")
+        for name, norm_L in curves.items():
+            # A closed block has gradient 0, which a logarithm does not show: a gap.
+            norm_L = np.asarray(norm_L, float)
+            shown_L = np.where(norm_L > 0, norm_L, np.nan)
+            axes.plot(shown_L, marker=".", lw=0.8, color=f"C{names.index(name)}", label=name)
+        whole_numbers(axes.xaxis)
+    figure.axes[0].set_ylabel("gradient norm")
+    figure.axes[-1].legend(frameon=False, fontsize="small")
     return figure

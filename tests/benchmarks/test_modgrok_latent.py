@@ -7,6 +7,7 @@ import pytest
 
 import modgrok
 from benchmarks import modgrok_depth, modgrok_latent
+from modgrok import latent_figures
 
 
 def test_every_way_to_skip_blocks_gives_the_same_logits():
@@ -43,3 +44,20 @@ def test_best_accuracy_on_unseen_tasks_is_chosen_by_others_once_weights_are_whol
     row = {"run": dataclasses.asdict(run), "history": history}
     shown = modgrok_latent.summary(row)
     assert (shown["best_reported"], shown["last_reported"]) == (0.2, 0.4)
+
+
+def test_gradients_are_drawn_where_they_are_on_record(tmp_path, monkeypatch):
+    drawn = []
+    draw = latent_figures.gradient_by_block
+    monkeypatch.setattr(
+        latent_figures, "gradient_by_block", lambda norms: drawn.append(norms) or draw(norms)
+    )
+    rows = [
+        {"kind": "gated", "norms": {"100": [1, 2], "20": [2, 3]}},
+        {"kind": "gated", "norms": {"20": [5, 5]}},  # another seed
+        {"kind": "shallow", "norms": {}},
+    ]
+    modgrok_latent.draw_gradients(rows[2:], tmp_path / "none.png")
+    modgrok_latent.draw_gradients(rows, tmp_path / "some.png")
+    assert drawn == [{"gated": {"step 20": [2, 3], "step 100": [1, 2]}}]
+    assert [path.name for path in tmp_path.iterdir()] == ["some.png"]

@@ -406,9 +406,14 @@ def test_figures_show_what_they_are_given():
     top = latent_figures.depth_curves(history, target=1).axes[0]
     np.testing.assert_array_equal(top.lines[0].get_ydata(), [3, 1])
     assert "target (1)" in [text.get_text() for text in top.get_legend().get_texts()]
-    curves = latent_figures.gradient_by_block({"gated": [1, 0, 2], "plain": [1, 1, 1]}).axes[0]
-    assert curves.get_yscale() == "log"
-    np.testing.assert_array_equal(curves.lines[0].get_ydata(), [1, np.nan, 2])
+    norms = {"gated": {"step 0": [1, 0, 2]}, "plain": {"step 9": [1, 1, 1], "step 0": [3, 3, 3]}}
+    gated, plain = latent_figures.gradient_by_block(norms).axes
+    assert gated.get_yscale() == "log"
+    assert (gated.get_title(), plain.get_title()) == ("gated", "plain")
+    np.testing.assert_array_equal(gated.lines[0].get_ydata(), [1, np.nan, 2])
+    assert gated.lines[0].get_color() == plain.lines[1].get_color() != plain.lines[0].get_color()
+    with pytest.raises(ValueError, match="norms is empty"):
+        latent_figures.gradient_by_block({})
     with pytest.raises(ValueError, match="expected \\(groups, layers\\)"):
         latent_figures.posterior_map([0.5])
     with pytest.raises(ValueError, match="1 names for 2 groups"):
