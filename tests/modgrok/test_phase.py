@@ -223,6 +223,7 @@ slow = pytest.mark.slow
     ("together", "batch", "changes"),
     [
         (1, 24, {"width": 96}),  # states, in turns: three of them for each run in work
+        pytest.param(2, 24, {"width": 96}, marks=slow),
         pytest.param(4, 24, {"width": 96}, marks=slow),
         pytest.param(1, 960, {"width": 32}, marks=slow),  # what the backward pass reads
         pytest.param(1, 480, {"width": 32, "layers": 3, "dtype": "bfloat16"}, marks=slow),
