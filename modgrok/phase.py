@@ -293,7 +293,8 @@ def memory_bytes(
 
     Of XLA's own count on a CPU it is .9 to 1.4 where states or training take the most (depths 1 to
     24, in turns, in pairs and together, bfloat16, remat; jax 0.12 takes less with remat in three
-    blocks, 1.64) and two to three times that where a test does. On an NVIDIA GPU, five float32 plans of width 32 to 512: 1.05 to 1.41.
+    blocks, 1.64) and two to three times that where a test does. On an NVIDIA GPU, five float32
+    plans of width 32 to 512: 1.05 to 1.41.
 
     Args:
         num_tasks: W and U, whose test sequences are drawn at once (4 bytes a token).
