@@ -147,10 +147,10 @@ def _files(cfg: InspectConfig) -> Iterable[Path]:
 
 
 def _instruments() -> Iterable[Path]:
-    """The programs that measure."""
-    here = Path(__file__)
-    own = here.parent.glob(f"{PROGRAM.removesuffix('inspect')}in*.py")
-    return sorted([*own, *(here.parents[1] / "modgrok").glob("*.py")])
+    """The sources of what measures."""
+    root = Path(__file__).parents[1]
+    patterns = ("launch/modgrok_instruments*.py", "modgrok/*.py")
+    return [path for pattern in patterns for path in sorted(root.glob(pattern))]
 
 
 def _prepare(cfg: InspectConfig, say: Callable[..., None]) -> tuple[Any, str]:

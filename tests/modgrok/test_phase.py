@@ -202,9 +202,10 @@ def test_counts_are_data_and_give_the_batches_of_the_cut_sets():
         draw(key, tasks[0].train_W2, inputs[0].train_M2, num_tasks=2, paired=False)
 
 
-def memory_over_xlas(plan, together):
+def memory_over_xlas(plan, together, **changes):
     """Of four runs: the estimate over what XLA counts, the state being donated."""
     keys_G, runs = stacked()
+    runs = runs._replace(**changes)
     state = jax.eval_shape(functools.partial(phase.init, plan=plan), keys_G)
     static = ("plan", "num_steps", "together")
     advance = jax.jit(phase.advance.__wrapped__, static_argnames=static, donate_argnums=0)
@@ -243,6 +244,16 @@ def test_memory_of_a_test_counts_the_rows_that_there_are():
     for each in (2, 400):
         plan = make_plan(sequences_per_task=(each, each), rows=4096)
         assert 0.8 < memory_over_xlas(plan, 1) < 3, each
+
+
+@slow
+def test_memory_of_the_inputs_of_a_large_modulus():
+    """Where they are most of what there is."""
+    rows = {"train_M2": 800_000, "heldout_O2": 997**2 - 800_000}
+    inputs = modgrok.InputSplit(
+        **{name: jax.ShapeDtypeStruct((4, n, 2), jnp.int32) for name, n in rows.items()}
+    )
+    assert 0.8 < memory_over_xlas(make_plan(modulus=997), 1, inputs=inputs) < 1.5
 
 
 def test_memory_by_platform():
